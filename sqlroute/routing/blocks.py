@@ -1,0 +1,742 @@
+"""Walk the query blocks of a statement: which sharded tables, which keys, joined how.
+
+Only what is AND-ed counts: conjuncts of WHERE and of inner joins restrict everything beside them;
+ON of an outer join restricts its nullable side alone; conditions outside a derived table never
+restrict the tables inside it. Equalities between columns carry keys from one table to another and
+prove that two sharded tables are joined on their keys (*colocated*), so that each shard can join
+its own rows.
+
+One table can be used several times in a statement without an alias, once per block; each use has
+a number of its own, and a column belongs to the nearest use around it, as SQLAlchemy renders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.base import _from_objects
+from sqlalchemy.sql.dml import Insert, UpdateBase
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    CollectionAggregate,
+    ColumnElement,
+    Grouping,
+    Tuple,
+)
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.lambdas import LambdaElement
+from sqlalchemy.sql.schema import Table
+from sqlalchemy.sql.selectable import (
+    CTE,
+    AliasedReturnsRows,
+    CompoundSelect,
+    FromClause,
+    FromGrouping,
+    Join,
+    Lateral,
+    Select,
+    SelectBase,
+)
+from sqlalchemy.types import ARRAY, NullType
+
+from sqlroute.routing.declare import Sharded, ShardKey, declaration, kind_of, shard_key
+from sqlroute.routing.functions import AGGREGATES
+from sqlroute.routing.hashing import KeyKind
+from sqlroute.routing.keys import Bind, Product, Recipe, reference_dialect
+
+ColumnId = tuple[int, str]
+"""A column of one use of a table or derived table: number of the use, column key."""
+
+ANY_BUCKET = Recipe()
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """One use of a sharded table in a statement.
+
+    Attributes:
+        table: full name.
+        key: its shard key.
+        recipe: which of its buckets can matter.
+        group: occurrences of one group are joined on their keys.
+    """
+
+    table: str
+    key: ShardKey
+    recipe: Recipe
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All uses of sharded tables, and what forbids to run the statement shard by shard."""
+
+    occurrences: tuple[Occurrence, ...]
+    hindrance: tuple[str, str] | None
+
+
+def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
+    """Return the uses of sharded tables in a rendered statement.
+
+    The table of an INSERT is no use: its rows carry the keys.
+    """
+    walk = _Walk()
+    if isinstance(core, Select):
+        _select(core, walk, _Scope(), _Block())
+    elif isinstance(core, CompoundSelect):
+        walk.seen.add(hash(core))
+        walk.hinder(_set_operation(core), "set operations across shards come with the coordinator")
+        for arm in core.selects:
+            _derived(arm, walk, _Block())
+    elif isinstance(core, UpdateBase):
+        _dml(core, walk, _Block())
+        if isinstance(core, Insert):
+            sharded = tuple(table for table in sharded if hash(table) != hash(core.table))
+    elif sharded:
+        walk.hinder(type(core).__name__, "its tables cannot be seen")
+    _unfollowed(core, walk)
+    return walk.finish(sharded)
+
+
+def extra_froms(statement: UpdateBase) -> list[FromClause]:
+    """Return what UPDATE ... FROM and DELETE ... USING read, as SQLAlchemy finds it."""
+    parts = [*getattr(statement, "_where_criteria", ()), *_dml_values(statement)]
+    found = [
+        *getattr(statement, "_extra_froms", ()),
+        *_from_objects(*(part for part in parts if hasattr(part, "_from_objects"))),
+    ]
+    table = hash(getattr(statement, "table", None))
+    return list({hash(source): source for source in found if hash(source) != table}.values())
+
+
+class _Classes:
+    """Union-find over columns that a conjunct makes equal."""
+
+    def __init__(self, parents: dict[ColumnId, ColumnId] | None = None) -> None:
+        self.parents = dict(parents or {})
+
+    def root(self, column: ColumnId) -> ColumnId:
+        while (parent := self.parents.get(column, column)) != column:
+            column = parent
+        return column
+
+    def union(self, left: ColumnId, right: ColumnId) -> None:
+        self.parents[self.root(left)] = self.root(right)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What a name means inside one query block.
+
+    Attributes:
+        uses: number of the use of a FROM element, by its hash (the ORM's annotated copies share
+            it); of two uses of one table, the nearer.
+        enclosing: FROM elements of all blocks, which explicit correlation may mean.
+        nearest: those of this block, which automatic correlation means.
+    """
+
+    uses: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    enclosing: frozenset[FromClause] = frozenset()
+    nearest: frozenset[FromClause] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Conjunct:
+    """A condition and the block that its names belong to."""
+
+    condition: Any
+    block: _Block
+
+
+@dataclass(slots=True)
+class _Leaf:
+    """A use of a sharded table, found while walking.
+
+    Attributes:
+        derived: it is not in the FROM of the whole statement, nor tied to one that is.
+        detached: it is in a derived table or CTE: a condition outside ties its rows, not it.
+    """
+
+    source: int
+    table: Table
+    key: ShardKey
+    derived: bool
+    detached: bool
+    classes: _Classes
+    recipe: Recipe = ANY_BUCKET
+
+    def columns(self) -> tuple[ColumnId, ...]:
+        return tuple((self.source, name) for name in self.key.names)
+
+    def roots(self) -> tuple[ColumnId, ...]:
+        return tuple(self.classes.root(column) for column in self.columns())
+
+
+@dataclass(slots=True)
+class _Scope:
+    """A place in the tree of joins: its conjuncts restrict its leaves and those of its children.
+
+    A child is the nullable side of an outer join; what is found there never restricts its parent.
+    """
+
+    leaves: list[_Leaf] = field(default_factory=list)
+    conjuncts: list[_Conjunct] = field(default_factory=list)
+    children: list[_Scope] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Walk:
+    classes: _Classes = field(default_factory=_Classes)
+    leaves: list[_Leaf] = field(default_factory=list)
+    hindrance: tuple[str, str] | None = None
+    derived: bool = False
+    detached: bool = False
+    uses: int = 0
+    seen: set[int] = field(default_factory=set)
+
+    def hinder(self, clause: str, why: str) -> None:
+        if self.hindrance is None:
+            self.hindrance = (clause, why)
+
+    def enter(self, sources: Iterable[Any], around: _Block) -> _Block:
+        """Return the block of these FROM elements; each is a new use."""
+        uses = dict(around.uses)
+        sources = list(sources)
+        for source in sources:
+            for name in _names(source):
+                self.uses += 1
+                uses[hash(name)] = self.uses
+        nearest = frozenset(_from_objects(*sources))
+        return _Block(MappingProxyType(uses), around.enclosing | nearest, nearest)
+
+    def leaf(self, source: int, table: Table) -> _Leaf:
+        key = shard_key(table)
+        leaf = _Leaf(source, table, key, self.derived, self.detached, self.classes)
+        self.leaves.append(leaf)
+        return leaf
+
+    def unplaced(self, table: Table) -> None:
+        """Note a use of which nothing is known: any row of a sharded table may matter."""
+        if not isinstance(declaration(table), Sharded):
+            return
+        self.hinder(table.fullname, "its use in the statement cannot be followed")
+        self.uses += 1
+        leaf = self.leaf(self.uses, table)
+        leaf.derived, leaf.detached = True, True
+
+    def finish(self, sharded: tuple[Table, ...]) -> Found:
+        seen = {leaf.table.fullname for leaf in self.leaves}
+        for table in sharded:
+            if table.fullname not in seen:  # used in a place this walk does not know
+                self.unplaced(table)
+        groups: list[_Leaf] = []
+        found = []
+        for leaf in self.leaves:
+            group = next((i for i, other in enumerate(groups) if _colocated(leaf, other)), None)
+            if group is None:
+                group = len(groups)
+                groups.append(leaf)
+            found.append(Occurrence(leaf.table.fullname, leaf.key, leaf.recipe, group))
+        inside = dict.fromkeys(leaf.table.fullname for leaf in self.leaves if leaf.derived)
+        if inside:
+            names = " and ".join(inside)
+            self.hinder("subquery", f"{names} in it is not tied to the shard key around it")
+        if len(groups) > 1:
+            names = " and ".join(dict.fromkeys(leaf.table.fullname for leaf in groups))
+            self.hinder("JOIN", f"uses of {names} are not joined on their shard keys")
+        return Found(tuple(found), self.hindrance)
+
+
+def _colocated(leaf: _Leaf, other: _Leaf) -> bool:
+    """Two uses whose keys are equal column by column, in the classes of the inner one."""
+    if leaf.key.kinds != other.key.kinds:
+        return False
+    classes = leaf.classes
+    return leaf.roots() == tuple(classes.root(column) for column in other.columns())
+
+
+def _unfollowed(core: Any, walk: _Walk) -> None:
+    """Note every table of a SELECT or DML that this walk did not come by, wherever it stands."""
+    for element in visitors.iterate(core):
+        if not isinstance(element, Select | UpdateBase) or hash(element) in walk.seen:
+            continue
+        tables = [inner for inner in visitors.iterate(element) if isinstance(inner, Table)]
+        if isinstance(element, UpdateBase) and isinstance(element.table, Table):
+            tables.append(element.table)
+        for table in tables:
+            walk.unplaced(table)
+
+
+def _select(
+    select: Select[Any],
+    walk: _Walk,
+    scope: _Scope,
+    around: _Block,
+    inherited: Iterable[_Conjunct] = (),
+    *,
+    in_from: bool = False,
+) -> _Block:
+    """Walk one block; ``inherited`` are conjuncts that hold for each outer row around it."""
+    walk.seen.add(hash(select))
+    sources = _sources(select, around, in_from=in_from)
+    block = walk.enter(sources, around)
+    first = len(walk.leaves)
+    for source in sources:
+        _source(source, walk, scope, block)
+    _learn(select._where_criteria, scope, walk, block)
+    conditions = [*inherited, *scope.conjuncts]
+    _restrict(scope, list(inherited))
+    clauses: list[Any] = [
+        *select._raw_columns,
+        *select._where_criteria,
+        *select._having_criteria,
+        *select._order_by_clauses,
+        *select._group_by_clauses,
+        *(join.onclause for source in sources for join in _joins(source)),
+    ]
+    if around.uses:
+        _refuse_outer_aggregates(clauses, walk, block, sources)
+    _subqueries(clauses, walk, block, set(sources), first, conditions)
+    return block
+
+
+def _refuse_outer_aggregates(
+    clauses: Iterable[Any], walk: _Walk, block: _Block, sources: Iterable[Any]
+) -> None:
+    """Hinder ``(SELECT max(outer.x) FROM inner)``: it aggregates the rows of the query around.
+
+    So says the SQL standard of an aggregate whose columns all belong to an enclosing query.
+    """
+    own = {use for source in sources for use in _uses(source, block)}
+    for call in _parts(clauses, FunctionElement):
+        if getattr(call, "name", None) not in AGGREGATES:
+            continue
+        columns = [_column(part, block) for part in _parts([call], ColumnElement)]
+        used = {column[0] for column in columns if column is not None}
+        if used and not used & own:
+            walk.hinder("subquery", f"{call.name}() in it aggregates the rows of the outer query")
+
+
+def _sources(select: Select[Any], around: _Block, *, in_from: bool) -> list[FromClause]:
+    """Return the FROM that SQLAlchemy will render: without what is correlated, and no less.
+
+    A sole FROM element is never correlated by itself: ``SELECT avg(o.total) FROM o`` inside a
+    SELECT from ``o`` reads the whole table. So does a table of a block further out than the next.
+    """
+    dialect = reference_dialect()
+    compiler: Any = dialect.statement_compiler(dialect, None)
+    compiler.stack = []
+    make: Any = select._compile_state_factory
+    explicit = around.enclosing - around.nearest if in_from else around.enclosing
+    found: list[FromClause] = make(select, compiler)._get_display_froms(
+        explicit_correlate_froms=explicit,
+        implicit_correlate_froms=frozenset() if in_from else around.nearest,
+    )
+    return found
+
+
+def _dml(statement: UpdateBase, walk: _Walk, around: _Block) -> None:
+    walk.seen.add(hash(statement))
+    values = [value for value in _dml_values(statement) if hasattr(value, "get_children")]
+    clauses = [*values, *getattr(statement, "_returning", ())]
+    if isinstance(statement, Insert):
+        if statement.select is not None:
+            _derived(statement.select, walk, around)
+        _subqueries(clauses, walk, around, set(), len(walk.leaves), [])
+        return
+    scope = _Scope()
+    sources: list[Any] = [statement.table, *extra_froms(statement)]
+    block = walk.enter(sources, around)
+    first = len(walk.leaves)
+    for source in sources:
+        _source(source, walk, scope, block)
+    criteria = tuple(getattr(statement, "_where_criteria", ()))
+    _learn(criteria, scope, walk, block)
+    _restrict(scope, [])
+    _subqueries([*criteria, *clauses], walk, block, set(), first, scope.conjuncts)
+
+
+def _dml_values(statement: Any) -> Iterator[Any]:
+    yield from (getattr(statement, "_values", None) or {}).values()
+    yield from (value for _, value in getattr(statement, "_ordered_values", None) or ())
+    for rows in getattr(statement, "_multi_values", ()):
+        for row in rows:
+            yield from row.values() if isinstance(row, Mapping) else row
+
+
+def _source(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> None:
+    """Walk one element of FROM."""
+    if isinstance(source, FromGrouping):
+        _source(source.element, walk, scope, block)
+    elif isinstance(source, Join):
+        _join(source, walk, scope, block)
+    elif (table := _table_of(source)) is not None:
+        if isinstance(declaration(table), Sharded):
+            scope.leaves.append(walk.leaf(block.uses[hash(source)], table))
+    elif isinstance(source, AliasedReturnsRows):
+        _derived_table(source, walk, scope, block)
+
+
+def _table_of(source: Any) -> Table | None:
+    while isinstance(source, AliasedReturnsRows) and not isinstance(source, CTE):
+        source = source.element
+    return source if isinstance(source, Table) else None
+
+
+def _join(join: Join, walk: _Walk, scope: _Scope, block: _Block) -> None:
+    conditions = [] if join.onclause is None else list(_split(join.onclause))
+    if not join.full and not join.isouter:
+        _source(join.left, walk, scope, block)
+        _source(join.right, walk, scope, block)
+        _learn(conditions, scope, walk, block)
+        return
+    left, right = (_Scope() if join.full else scope), _Scope()
+    before = len(walk.leaves)
+    _source(join.left, walk, left, block)
+    between = len(walk.leaves)
+    _source(join.right, walk, right, block)
+    left_sharded, right_sharded = between > before, len(walk.leaves) > between
+    equalities = [pair for condition in conditions for pair in _equalities(condition, block)]
+    near = _uses(join.right, block)
+    if join.full:
+        scope.children.append(left)
+        _tie_both(equalities, _uses(join.left, block), near, walk)
+    else:
+        right.conjuncts += [_Conjunct(condition, block) for condition in conditions]
+        _tie(equalities, near, walk)
+    scope.children.append(right)
+    if join.full and left_sharded != right_sharded:
+        walk.hinder("FULL JOIN", "rows of the unsharded side would appear on every shard")
+    elif right_sharded and not left_sharded:
+        walk.hinder(
+            "LEFT JOIN", "rows of the preserved, unsharded side would appear on every shard"
+        )
+
+
+def _uses(source: Any, block: _Block) -> set[int]:
+    return {block.uses[hash(name)] for name in _names(source)}
+
+
+def _tie(equalities: list[tuple[ColumnId, ColumnId]], near: set[int], walk: _Walk) -> None:
+    """Tie each column of the nullable side of a LEFT JOIN to at most one beyond it.
+
+    The equalities of ON hold wherever the nullable side has a row, and only there. So
+    ``c.k = a.k AND c.k = b.k`` in the ON of ``LEFT JOIN c`` says nothing of ``a.k = b.k``; neither
+    does ``c.k = a.k AND c.x = b.k AND c.k = c.x``.
+    """
+    tied: list[ColumnId] = []
+    root = walk.classes.root
+    for one, other in equalities:
+        inside, beyond = (one, other) if one[0] in near else (other, one)
+        if inside[0] not in near:
+            continue
+        is_tied = any(root(column) == root(inside) for column in tied)
+        if beyond[0] not in near:
+            if is_tied:
+                continue
+            tied.append(inside)
+        elif is_tied and any(root(column) == root(beyond) for column in tied):
+            continue
+        walk.classes.union(inside, beyond)
+
+
+def _tie_both(
+    equalities: list[tuple[ColumnId, ColumnId]], left: set[int], right: set[int], walk: _Walk
+) -> None:
+    """Tie the two sides of a FULL JOIN: each column to at most one of the other side.
+
+    Rows of both sides appear without a match, so that ON proves nothing within one side.
+    """
+    tied: list[ColumnId] = []
+    root = walk.classes.root
+    for one, other in equalities:
+        sides = {one[0] in left, other[0] in left}, {one[0] in right, other[0] in right}
+        if sides != ({True, False}, {True, False}):
+            continue
+        if any(root(column) in (root(one), root(other)) for column in tied):
+            continue
+        tied += (one, other)
+        walk.classes.union(one, other)
+
+
+def _derived_table(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> None:
+    """A subquery in FROM: its conditions hold outside, the outer ones do not hold inside."""
+    element = source.element
+    while isinstance(element, AliasedReturnsRows):
+        element = element.element
+    if isinstance(element, UpdateBase):
+        walk.hinder("data-modifying CTE", "its rows cannot be split by shard")
+        before, walk.derived = walk.derived, True
+        _dml(element, walk, block)
+        table = element.table
+        if isinstance(element, Insert) and isinstance(table, Table):
+            walk.unplaced(table)  # nobody asks for the keys of its rows
+        walk.derived = before
+        return
+    if isinstance(source, Lateral):
+        classes = walk.classes
+        walk.classes = _Classes(classes.parents)
+        _derived(element, walk, block)
+        walk.classes = classes
+        return
+    before, walk.detached = walk.detached, True
+    inner = _derived(element, walk, block, in_from=True)
+    walk.detached = before
+    if inner is None or (isinstance(source, CTE) and source.recursive):
+        return  # each turn of a recursion reads other rows than those of its first SELECT
+    conditions, inner_block = inner
+    for name, column in source.c.items():
+        if (found := _origin(column, inner_block)) is not None:
+            walk.classes.union((block.uses[hash(source)], name), found)
+    scope.conjuncts += conditions.conjuncts
+
+
+def _origin(column: Any, inner: _Block) -> ColumnId | None:
+    """Return the column of the inner block that a column of a derived table is."""
+    found: ColumnId | None = None
+    while found is None:
+        proxies: list[Any] = list(getattr(column, "_proxies", ()))
+        if not proxies or any(getattr(p, "element", None) is not proxies[0] for p in proxies[1:]):
+            return None
+        column = proxies[0]  # behind it may be the label that it has inside
+        found = _column(column, inner)
+    return found
+
+
+def _derived(
+    element: Any,
+    walk: _Walk,
+    around: _Block,
+    inherited: Iterable[_Conjunct] = (),
+    *,
+    in_from: bool = False,
+) -> tuple[_Scope, _Block] | None:
+    while not isinstance(element, Select | CompoundSelect) and hasattr(element, "element"):
+        element = element.element
+    before, walk.derived = walk.derived, True
+    try:
+        if isinstance(element, CompoundSelect):
+            walk.seen.add(hash(element))
+            walk.hinder(_set_operation(element), "set operations across shards are not merged")
+            for arm in element.selects:
+                _derived(arm, walk, around, inherited, in_from=in_from)
+        elif isinstance(element, Select):
+            scope = _Scope()
+            block = _select(element, walk, scope, around, inherited, in_from=in_from)
+            return scope, block
+        return None
+    finally:
+        walk.derived = before
+
+
+def _subqueries(
+    clauses: Iterable[Any],
+    walk: _Walk,
+    block: _Block,
+    sources: set[Any],
+    first: int,
+    conditions: list[_Conjunct],
+) -> None:
+    """Walk EXISTS, IN (SELECT) and scalar subqueries; tied to the outer key they stay local."""
+    anchors = [leaf for leaf in walk.leaves[first:] if not leaf.derived]
+    for select in _nested_selects(clauses, sources):
+        outer_classes, before = walk.classes, len(walk.leaves)
+        walk.classes = _Classes(outer_classes.parents)
+        _derived(select, walk, block, conditions)
+        for leaf in walk.leaves[before:]:
+            if not leaf.detached and any(_colocated(leaf, anchor) for anchor in anchors):
+                leaf.derived = False
+        walk.classes = outer_classes
+
+
+def _nested_selects(clauses: Iterable[Any], skip: set[Any]) -> Iterator[Any]:
+    return (part for part in _parts(clauses, SelectBase) if part not in skip)
+
+
+def _parts(clauses: Iterable[Any], kind: type[Any]) -> Iterator[Any]:
+    """Yield the elements of a kind in these clauses, without what is inside subqueries."""
+    stack = [clause for clause in clauses if clause is not None]
+    seen: set[int] = set()
+    while stack:
+        element = stack.pop()
+        if id(element) in seen:
+            continue
+        seen.add(id(element))
+        if isinstance(element, kind):
+            yield element
+        if isinstance(element, FunctionElement) or not isinstance(element, FromClause | SelectBase):
+            stack.extend(element.get_children())  # a function is a FROM element, too
+
+
+def _names(source: Any) -> Iterator[Any]:
+    if isinstance(source, FromGrouping):
+        yield from _names(source.element)
+    elif isinstance(source, Join):
+        yield from _names(source.left)
+        yield from _names(source.right)
+    else:
+        yield source
+
+
+def _joins(source: Any) -> Iterator[Join]:
+    if isinstance(source, FromGrouping):
+        yield from _joins(source.element)
+    elif isinstance(source, Join):
+        yield source
+        yield from _joins(source.left)
+        yield from _joins(source.right)
+
+
+def _split(condition: Any) -> Iterator[Any]:
+    if isinstance(condition, Grouping):
+        yield from _split(condition.element)
+    elif isinstance(condition, LambdaElement):
+        yield from _split(condition._resolved)
+    elif isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        for clause in condition.clauses:
+            yield from _split(clause)
+    else:
+        yield condition
+
+
+def _learn(conditions: Iterable[Any], scope: _Scope, walk: _Walk, block: _Block) -> None:
+    """Add AND-ed conditions to a scope, and note the equalities among columns in them."""
+    conjuncts = [conjunct for condition in conditions for conjunct in _split(condition)]
+    for conjunct in conjuncts:
+        for left, right in _equalities(conjunct, block):
+            walk.classes.union(left, right)
+    scope.conjuncts += [_Conjunct(conjunct, block) for conjunct in conjuncts]
+
+
+def _equalities(condition: Any, block: _Block) -> Iterator[tuple[ColumnId, ColumnId]]:
+    """Yield the columns that a conjunct makes equal in value and in hash.
+
+    Of types that hash alike only: ``text = citext`` ignores case, ``bigint = double`` rounds.
+    """
+    if not isinstance(condition, BinaryExpression) or condition.operator is not operators.eq:
+        return
+    for one, other in _sides(condition):
+        a, b = _column(one, block), _column(other, block)
+        if a is None or b is None:
+            continue
+        kind = kind_of(one.type)
+        if kind is not None and kind is kind_of(other.type):
+            yield a, b
+
+
+def _restrict(scope: _Scope, inherited: list[_Conjunct]) -> None:
+    """Give each leaf the recipe that the conjuncts of its scope and of those around it make."""
+    conditions = [*inherited, *scope.conjuncts]
+    for leaf in scope.leaves:
+        leaf.recipe = _recipe(conditions, leaf)
+    for child in scope.children:
+        _restrict(child, conditions)
+
+
+def _recipe(conditions: list[_Conjunct], leaf: _Leaf) -> Recipe:
+    roots = leaf.roots()
+    per_column: list[list[Bind]] = [[] for _ in roots]
+    unions: list[tuple[Product, ...]] = []
+    for condition in conditions:
+        for index, bind in _key_binds(condition, leaf, roots):
+            per_column[index].append(bind)
+        if (union := _alternatives(condition, leaf)) is not None:
+            unions.append(union)
+    if len(roots) == 1:
+        unions += [(Product((bind,)),) for bind in per_column[0]]
+    elif all(per_column):
+        unions.append((Product(tuple(binds[0] for binds in per_column)),))
+    return Recipe(tuple(unions))
+
+
+def _alternatives(conjunct: _Conjunct, leaf: _Leaf) -> tuple[Product, ...] | None:
+    """``(k = 1 AND ...) OR k IN (2, 3)``: a union, when every arm gives whole keys."""
+    condition = conjunct.condition
+    while isinstance(condition, Grouping):
+        condition = condition.element
+    if not isinstance(condition, BooleanClauseList) or condition.operator is not operators.or_:
+        return None
+    found: list[Product] = []
+    for arm in condition.clauses:
+        recipe = _recipe([_Conjunct(part, conjunct.block) for part in _split(arm)], leaf)
+        if not recipe.unions:
+            return None
+        found += recipe.unions[0]
+    return tuple(found)
+
+
+def _key_binds(
+    conjunct: _Conjunct, leaf: _Leaf, roots: tuple[ColumnId, ...]
+) -> Iterator[tuple[int, Bind]]:
+    """Yield ``key column = parameter`` facts of one conjunct, as (index of the column, bind)."""
+    condition = conjunct.condition
+    if not isinstance(condition, BinaryExpression):
+        return
+    if condition.operator is not operators.in_op and condition.operator is not operators.eq:
+        return
+    for left, right in _sides(condition):
+        for one, value in ((left, right), (right, left)):
+            identity = _column(one, conjunct.block)
+            bind = None if identity is None else _bind(value, condition.operator)
+            if identity is None or bind is None:
+                continue
+            root = leaf.classes.root(identity)
+            for index, wanted in enumerate(roots):
+                if root == wanted and _is_sent_as(bind.type, leaf.key.kinds[index]):
+                    yield index, bind
+
+
+def _bind(value: Any, operator: Any) -> Bind | None:
+    """Return the parameter that a key is compared with, read through its own type.
+
+    Not through the column's: ``literal(x, OtherType)`` is sent as the other type stores it.
+    """
+    if isinstance(value, BindParameter):
+        if value.expanding != (operator is operators.in_op):
+            return None
+        return Bind(value.key, bool(value.expanding), value.type)
+    if (
+        isinstance(value, CollectionAggregate)
+        and value.operator is operators.any_op
+        and operator is operators.eq
+    ):
+        array: Any = value.element
+        while isinstance(array, Grouping):
+            array = array.element
+        if isinstance(array, BindParameter) and isinstance(array.type, ARRAY):
+            return Bind(array.key, True, array.type.item_type)
+    return None
+
+
+def _is_sent_as(type_: Any, kind: KeyKind) -> bool:
+    """Say whether the comparison is one of the key's own type: no cast, no other collation."""
+    return isinstance(type_, NullType) or kind_of(type_) is kind
+
+
+def _sides(condition: BinaryExpression[Any]) -> list[tuple[Any, Any]]:
+    """The pairs that a comparison compares: several for row values."""
+    left, right = condition.left, condition.right
+    if isinstance(left, Tuple) and isinstance(right, Tuple):
+        return list(zip(left.clauses, right.clauses, strict=False))
+    return [(left, right)]
+
+
+def _column(expression: Any, block: _Block) -> ColumnId | None:
+    while isinstance(expression, Grouping):
+        expression = expression.element
+    table = getattr(expression, "table", None)
+    key = getattr(expression, "key", None)
+    if table is None or key is None or not isinstance(expression, ColumnElement):
+        return None
+    use = block.uses.get(hash(table))
+    return None if use is None else (use, str(key))
+
+
+def _set_operation(core: CompoundSelect[Any]) -> str:
+    return str(core.keyword.value)

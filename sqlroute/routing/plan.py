@@ -1,0 +1,102 @@
+"""The plan of one statement: where it goes and why, as an immutable, printable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+
+class Tier(Enum):
+    """How many servers answer, and how their answers become one."""
+
+    SINGLE = "single"
+    SCATTER = "scatter"
+    SPLIT = "split"  # rows of one INSERT, each to its own shard
+    BROADCAST = "broadcast"  # a reference table is written on every shard
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One node that takes part.
+
+    Attributes:
+        is_primary: the node was chosen as the primary of its shard.
+        in_transaction: it runs in the session's transaction; else in AUTOCOMMIT, one round trip.
+        reason: why this node.
+    """
+
+    shard: str
+    node: str
+    is_primary: bool
+    in_transaction: bool
+    reason: str
+
+    def __str__(self) -> str:
+        role = "primary" if self.is_primary else "replica"
+        mode = "in the transaction" if self.in_transaction else "autocommit"
+        return f"{self.shard}: {role} {self.node}, {mode} ({self.reason})"
+
+
+target = lru_cache(maxsize=4096)(Target)
+"""Return a target; few differ, and making a frozen value costs more than finding it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done with one statement.
+
+    Attributes:
+        tier: one shard, or how several are combined.
+        targets: the nodes, one per shard.
+        kind: ``read``, ``write`` or ``unknown``.
+        epoch: of the shard map that placed it, 0 without a map.
+        reasons: why, in the order in which it was decided.
+        merge: how the answers of several shards become one, as words.
+        rows: for SPLIT, the indexes of the rows of each target.
+    """
+
+    tier: Tier
+    targets: tuple[Target, ...]
+    kind: str
+    epoch: int
+    reasons: tuple[str, ...]
+    merge: tuple[str, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def target(self) -> Target:
+        """The first node; the only one of a plan of tier SINGLE."""
+        return self.targets[0]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(target.shard for target in self.targets)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values, the document of ``sqlroute explain --json``."""
+        return {
+            "tier": self.tier.value,
+            "kind": self.kind,
+            "epoch": self.epoch,
+            "targets": [
+                {
+                    "shard": target.shard,
+                    "node": target.node,
+                    "role": "primary" if target.is_primary else "replica",
+                    "in_transaction": target.in_transaction,
+                    "reason": target.reason,
+                }
+                for target in self.targets
+            ],
+            "merge": list(self.merge),
+            "reasons": list(self.reasons),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.tier.value} ({self.kind})"]
+        lines += [f"  -> {target}" for target in self.targets]
+        lines += [f"  merge: {step}" for step in self.merge]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        return "\n".join(lines)

@@ -1,0 +1,324 @@
+"""Describe a statement once per shape: what it does, which tables, which buckets, what hinders.
+
+It looks at the SELECT that SQLAlchemy will render, with the ORM's joins, aliases and loader
+criteria already in it, and never at SQL text. A description holds no values, so that it serves
+every execution of the same shape (see :class:`sqlroute.routing.planner.Planner`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause, TextClause
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.schema import Sequence, Table
+from sqlalchemy.sql.selectable import (
+    CompoundSelect,
+    Select,
+    SelectBase,
+    TableClause,
+    TextualSelect,
+)
+
+from sqlroute.errors import CrossShardRefused, UndeclaredTable
+from sqlroute.routing.blocks import Occurrence, extra_froms, occurrences
+from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
+from sqlroute.routing.functions import HARMLESS
+from sqlroute.routing.keys import reference_dialect
+from sqlroute.topology import Keyspace, Topology
+
+TEXT = "text() cannot be proved to be a read"
+
+
+class Kind(Enum):
+    """What a statement does, as far as it can be proved."""
+
+    READ = "read"
+    WRITE = "write"
+    UNKNOWN = "unknown"
+
+
+class Placement(Enum):
+    """Where the rows of a statement are."""
+
+    ANYWHERE = "anywhere"  # no table at all, or reference tables only
+    SHARDED = "sharded"  # some table is sharded
+    UNPLACED = "unplaced"  # nothing says where: text, unknown tables
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """The description of one shape of statement.
+
+    Attributes:
+        kind: read, write or unknown; the reasons say why.
+        keyspace: that all its tables belong to.
+        placement: where its rows are.
+        tables: names of its tables, sharded ones first.
+        occurrences: each use of a sharded table, with its key recipe and colocation group.
+        hindrance: why it can never be scattered, as (clause, why), or ``None``.
+        insert: the table of an INSERT, whose rows carry the keys.
+        target: the table that a DML statement writes.
+    """
+
+    kind: Kind
+    reasons: tuple[str, ...]
+    keyspace: Keyspace
+    placement: Placement
+    tables: tuple[str, ...] = ()
+    occurrences: tuple[Occurrence, ...] = ()
+    hindrance: tuple[str, str] | None = None
+    insert: Table | None = field(default=None, compare=False)
+    target: Table | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> ShardKey | None:
+        if self.insert is not None and isinstance(declaration(self.insert), Sharded):
+            return shard_key(self.insert)
+        return self.occurrences[0].key if self.occurrences else None
+
+
+def describe(statement: Any, topology: Topology) -> Statement:
+    """Describe a statement, without its values.
+
+    Raises:
+        UndeclaredTable: a table of a keyspace with several shards declares nothing.
+        CrossShardRefused: a reference table is written by what one shard alone would run.
+        PlanError: tables of two keyspaces in one statement.
+    """
+    if isinstance(statement, Sequence):
+        return _unplaced(topology, Kind.WRITE, "a sequence is advanced on the primary")
+    if isinstance(statement, TextClause):
+        return _unplaced(topology, Kind.UNKNOWN, TEXT)
+    core = _as_rendered(statement)
+    if not isinstance(core, SelectBase | UpdateBase | FunctionElement):
+        what = type(statement).__name__
+        return _unplaced(topology, Kind.UNKNOWN, f"{what} cannot be proved to be a read")
+    facts = _walk(core)
+    if isinstance(core, TextualSelect):
+        _hide(TEXT, facts)
+    keyspace = _keyspace(facts.tables, topology)
+    return _describe(core, facts, keyspace)
+
+
+def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
+    kind, reasons = facts.verdict()
+    tables = sorted(facts.tables, key=lambda t: (not _is_sharded(t), t.fullname))
+    names = tuple(table.fullname for table in tables)
+    target = core.table if isinstance(core, UpdateBase) else None
+    target = _plain(target) if isinstance(target, Table) else None
+    insert = target if isinstance(core, Insert) else None
+    if not keyspace.is_sharded:
+        return Statement(
+            kind, reasons, keyspace, Placement.ANYWHERE, names, insert=insert, target=target
+        )
+    for table in tables:
+        if declaration(table) is None:
+            raise UndeclaredTable(
+                f"table {table.fullname} is neither sharded nor a reference table, and keyspace "
+                f"{keyspace.name} has {len(keyspace.shards)} shards; declare it by "
+                "sqlroute.sharded_by(...) or sqlroute.reference_table() in __table_args__"
+            )
+    _check_reference_writes(target, facts)
+    if facts.hidden or (kind is Kind.UNKNOWN and not tables):
+        placement = Placement.UNPLACED
+        reasons = tuple(dict.fromkeys((*facts.hidden, *reasons)))
+    elif any(_is_sharded(table) for table in tables):
+        placement = Placement.SHARDED
+    else:
+        placement = Placement.ANYWHERE
+    found = occurrences(core, tuple(t for t in tables if _is_sharded(t)))
+    return Statement(
+        kind,
+        reasons,
+        keyspace,
+        placement,
+        names,
+        found.occurrences,
+        found.hindrance,
+        insert,
+        target,
+    )
+
+
+def _check_reference_writes(target: Table | None, facts: _Facts) -> None:
+    """Refuse what would change a reference table on some shards only, or differently.
+
+    Raises:
+        CrossShardRefused: a data-modifying CTE writes one, or its new rows come from a shard.
+    """
+    for table in facts.written:
+        if not isinstance(declaration(table), Reference):
+            continue
+        if table is not target:
+            raise CrossShardRefused(
+                "data-modifying CTE",
+                f"reference table {table.fullname} is written on every shard, which a statement "
+                "around it is not; write it by a statement of its own",
+            )
+        if any(_is_sharded(other) for other in facts.tables):
+            raise CrossShardRefused(
+                facts.writes[0].split()[0],
+                f"reference table {table.fullname} is written on every shard from rows that one "
+                "shard holds; read the rows first, then write them",
+            )
+
+
+def _is_sharded(table: Table) -> bool:
+    return isinstance(declaration(table), Sharded)
+
+
+def _unplaced(topology: Topology, kind: Kind, reason: str) -> Statement:
+    keyspace = topology.default
+    placement = Placement.UNPLACED if keyspace.is_sharded else Placement.ANYWHERE
+    return Statement(kind, (reason,), keyspace, placement)
+
+
+def _keyspace(tables: set[Table], topology: Topology) -> Keyspace:
+    names: dict[str, str] = {}
+    for table in tables:
+        declared = declaration(table)
+        name = declared.keyspace if declared is not None else None
+        names.setdefault(name or topology.default.name, table.fullname)
+    if len(names) > 1:
+        where = ", ".join(f"{table} in {keyspace}" for keyspace, table in sorted(names.items()))
+        raise UndeclaredTable(f"one statement cannot join keyspaces: {where}")
+    return topology.keyspace(next(iter(names))) if names else topology.default
+
+
+def _as_rendered(statement: Any) -> Any:
+    """Return the Core statement that will be rendered: the ORM's own compilation of it."""
+    if isinstance(statement, UpdateBase) or not isinstance(statement, ClauseElement):
+        return statement
+    if statement._propagate_attrs.get("compile_state_plugin") != "orm":
+        return statement
+    factory: Any = getattr(statement, "_compile_state_factory", None)
+    if factory is None:
+        return statement
+    return factory(statement, _compiler()).statement
+
+
+def _compiler() -> Any:
+    dialect = reference_dialect()
+    compiler = dialect.statement_compiler(dialect, None)
+    compiler.stack = []
+    return compiler
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What a walk over the whole tree found.
+
+    Attributes:
+        tables: read or written.
+        written: the target of each INSERT, UPDATE and DELETE.
+        writes, unknown: why it is no read, or not proved to be one.
+        hidden: what may read tables that nobody sees.
+    """
+
+    tables: set[Table] = field(default_factory=set)
+    written: set[Table] = field(default_factory=set)
+    writes: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+
+    def verdict(self) -> tuple[Kind, tuple[str, ...]]:
+        if self.writes:
+            return Kind.WRITE, tuple(dict.fromkeys(self.writes))
+        if self.unknown:
+            return Kind.UNKNOWN, tuple(dict.fromkeys(self.unknown))
+        return Kind.READ, ("a SELECT of known parts",)
+
+
+def _walk(core: Any) -> _Facts:
+    facts = _Facts()
+    for element in _elements(core):
+        if isinstance(element, Table):
+            facts.tables.add(_plain(element))
+        elif isinstance(element, UpdateBase):
+            _note_dml(element, facts)
+        elif isinstance(element, Select | CompoundSelect):
+            _note_select(element, facts)
+        elif isinstance(element, TextualSelect):
+            _hide(TEXT, facts)
+        elif isinstance(element, TableClause):
+            facts.hidden.append(f"table {element.name} is known by name only; use its Table")
+        elif isinstance(element, FunctionElement):
+            _note_function(element, facts)
+        elif isinstance(element, TextClause):
+            _note_text(element.text, facts)
+        elif isinstance(element, ColumnClause) and element.is_literal and element.name != "*":
+            _note_text(element.name, facts)
+        if hasattr(type(element), "_compiler_dispatcher"):
+            what = type(element).__name__
+            facts.unknown.append(f"{what}, compiled by @compiles, is not known to be read-only")
+    return facts
+
+
+def _elements(core: Any) -> Iterator[Any]:
+    """Yield every element, also what DML reads besides its table, and what it returns."""
+    seen: set[int] = set()
+    stack = [core]
+    while stack:
+        for element in visitors.iterate(stack.pop()):
+            if id(element) in seen:
+                continue
+            seen.add(id(element))
+            yield element
+            if isinstance(element, UpdateBase):
+                stack += [*extra_froms(element), *getattr(element, "_returning", ())]
+
+
+def _note_select(element: Select[Any] | CompoundSelect[Any], facts: _Facts) -> None:
+    if element._for_update_arg is not None:
+        facts.writes.append("FOR UPDATE or FOR SHARE locks rows")
+    if any(isinstance(source, TextClause) for source in getattr(element, "_from_obj", ())):
+        _hide("a table is given as text()", facts)
+    if getattr(element, "_suffixes", ()) or getattr(element, "_statement_hints", ()):
+        _hide("a suffix or hint is text", facts)
+    for prefix, _ in getattr(element, "_prefixes", ()):
+        _note_text(getattr(prefix, "text", "()"), facts)
+
+
+def _hide(reason: str, facts: _Facts) -> None:
+    facts.unknown.append(reason)
+    facts.hidden.append(reason)
+
+
+def _plain(table: Table) -> Table:
+    """Return the table behind the ORM's annotated copy."""
+    plain = table._deannotate() if table._annotations else table
+    return plain if isinstance(plain, Table) else table
+
+
+def _note_dml(element: UpdateBase, facts: _Facts) -> None:
+    verb = type(element).__name__.replace("Annotated", "").upper()
+    facts.writes.append(f"{verb} writes" if isinstance(element, Insert | Update | Delete) else verb)
+    table = element.table
+    if isinstance(table, Table):
+        facts.tables.add(_plain(table))
+        facts.written.add(_plain(table))
+
+
+def _note_function(element: FunctionElement[Any], facts: _Facts) -> None:
+    name = str(getattr(element, "name", None) or type(element).__name__).lower()
+    packages = getattr(element, "packagenames", ())
+    if name in ("nextval", "setval", "next_value"):
+        facts.writes.append(f"{name}() advances a sequence")
+    elif name not in HARMLESS or (packages and packages != ("pg_catalog",)):
+        facts.unknown.append(f"function {name}() is not known to be read-only")
+
+
+_SIMPLE_TEXT = re.compile(r"(?!.*\b(select|table|values)\b)[^();]*", re.IGNORECASE | re.DOTALL)
+
+
+def _note_text(text: str, facts: _Facts) -> None:
+    """A fragment without calls and subqueries, such as ``x DESC``, hides nothing."""
+    if _SIMPLE_TEXT.fullmatch(text) is None:
+        _hide(f"text {text[:40]!r} cannot be proved to be a read", facts)

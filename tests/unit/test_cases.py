@@ -1,0 +1,123 @@
+"""The specification of routing: each case of ``tests/cases/*.toml`` is planned as it says."""
+
+from __future__ import annotations
+
+import tomllib
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from planning import CASES, health, planned, situation, statements
+
+from sqlroute import errors
+from sqlroute.routing.affinity import Affinity, Token, parse_lsn
+from sqlroute.routing.planner import Situation, Unproven
+from sqlroute.routing.policy import Consistency, Policy
+from sqlroute.topology import Keyspace, Node, Shard, ShardMap, Topology
+
+KNOWN = {
+    "name", "statement", "parameters", "policy", "nodes", "session", "map", "shard", "exclude",
+    "may_wait", "topology", "plan", "refused",
+}  # fmt: skip
+
+
+def cases() -> Iterator[Any]:
+    for path in sorted(CASES.glob("*.toml")):
+        document = tomllib.loads(path.read_text())
+        for case in document["case"]:
+            made = {"topology": document["topology"], **case}
+            yield pytest.param(made, id=f"{path.stem}: {case['name']}")
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_case(case: dict[str, Any]) -> None:
+    """A case names its plan in full, or the class, the clause and the words of its refusal."""
+    assert set(case) <= KNOWN, f"unknown: {set(case) - KNOWN}"
+    assert ("plan" in case) != ("refused" in case)
+    statement = statements.STATEMENTS[case["statement"]]
+    parameters = _parameters(case.get("parameters"))
+    around = _situation(case)
+    if "plan" in case:
+        assert str(planned(statement, parameters, of=around)) == case["plan"].strip()
+        return
+    refused = case["refused"]
+    kind = Unproven if refused["error"] == "Unproven" else getattr(errors, refused["error"])
+
+    with pytest.raises(kind) as caught:
+        planned(statement, parameters, of=around)
+
+    assert type(caught.value) is kind
+    assert getattr(caught.value, "clause", None) == refused.get("clause")
+    for words in refused.get("says", []):
+        assert words in str(caught.value)
+
+
+def test_every_statement_is_used() -> None:
+    """A statement that no case names specifies nothing."""
+    named = {case.values[0]["statement"] for case in cases()}
+
+    assert named == set(statements.STATEMENTS)
+
+
+def _parameters(given: Any) -> Any:
+    if isinstance(given, list):
+        return [_parameters(row) for row in given]
+    if isinstance(given, dict):
+        return {key: _value(value) for key, value in given.items()}
+    return given
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("uuid:"):
+        return uuid.UUID(value.removeprefix("uuid:"))
+    if isinstance(value, list):
+        return [_value(one) for one in value]
+    return None if value == "NULL" else value
+
+
+def _situation(case: dict[str, Any]) -> Situation:
+    topology = _topology(case["topology"])
+    rules = dict(case.get("policy", {}))
+    if "consistency" in rules:
+        rules["consistency"] = Consistency(rules["consistency"])
+    maps = {k.name: ShardMap.even(k) for k in topology.keyspaces if k.is_sharded}
+    if "map" in case:
+        keyspace = topology.default
+        owners = tuple(case["map"].get("owners", maps[keyspace.name].owners))
+        maps = {keyspace.name: ShardMap(keyspace.name, owners, case["map"].get("epoch", 1))}
+        maps = {} if case["map"].get("missing") else maps
+    return situation(
+        topology,
+        policy=Policy(**rules),
+        health=health(topology, case.get("nodes")),
+        maps=maps,
+        affinity=_affinity(case.get("session", {})),
+        exclude=frozenset(case.get("exclude", ())),
+        shard=case.get("shard"),
+        may_wait=case.get("may_wait", False),
+    )
+
+
+def _topology(given: dict[str, Any]) -> Topology:
+    keyspaces = []
+    for name, rules in given.items():
+        weights = rules.get("weights", {})
+        shards = tuple(
+            Shard(shard, tuple(Node(node, weight=weights.get(node, 1.0)) for node in nodes))
+            for shard, nodes in rules["shards"].items()
+        )
+        keyspaces.append(Keyspace(name, shards, rules.get("buckets", 16)))
+    return Topology(tuple(keyspaces))
+
+
+def _affinity(given: dict[str, Any]) -> Affinity:
+    affinity = Affinity()
+    for shard in given.get("pinned", ()):
+        affinity = affinity.pinned(shard)
+    for shard, node in given.get("reading", {}).items():
+        affinity = affinity.reading(shard, node)
+    for shard, lsn in given.get("seen", {}).items():
+        timeline = given.get("timeline", 1)
+        affinity = affinity.committed(Token(shard, 1, timeline, parse_lsn(lsn)))
+    return affinity.begun() if given.get("explicit") else affinity

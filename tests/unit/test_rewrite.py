@@ -1,0 +1,353 @@
+"""Which SELECTs merge exactly across shards, what the shards are sent, and each refusal by name."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import func, orm
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import InvalidRequestError
+
+from sqlroute.errors import CrossShardRefused
+from sqlroute.routing.merge import merge
+from sqlroute.routing.rewrite import Rewritten, analyse, rewrite, rewritten
+
+
+class Shout(sa.types.TypeDecorator[str]):
+    impl = sa.Text
+    cache_ok = True
+
+
+class Base(orm.DeclarativeBase):
+    pass
+
+
+class Flight(Base):
+    __tablename__ = "flights"
+
+    id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    delay: orm.Mapped[int | None]
+    price: orm.Mapped[Decimal] = orm.mapped_column(sa.Numeric(10, 2))
+    origin: orm.Mapped[str]
+    dest: orm.Mapped[str] = orm.mapped_column(sa.String(collation="de_DE"))
+    code: orm.Mapped[str] = orm.mapped_column(sa.CHAR(3))
+    loud: orm.Mapped[str] = orm.mapped_column(Shout)
+    gate: orm.Mapped[str] = orm.mapped_column(sa.Enum("a", "b", name="gate"))
+    legs: orm.Mapped[list[Leg]] = orm.relationship()
+
+
+class Leg(Base):
+    __tablename__ = "legs"
+
+    id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    flight_id: orm.Mapped[int] = orm.mapped_column(sa.ForeignKey("flights.id"))
+
+
+T = sa.Table(
+    "odd",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer),
+    sa.Column("tags", postgresql.ARRAY(sa.Text)),
+    sa.Column("doc", postgresql.JSONB),
+    sa.Column("wait", sa.Interval),
+    sa.Column("loose", postgresql.CITEXT),
+    sa.Column("address", postgresql.INET),
+    sa.Column("period", postgresql.INT4RANGE),
+    sa.Column("hours", sa.Time(timezone=True)),
+    sa.Column("unknown"),
+    sa.Column("low", sa.REAL),
+    sa.Column("variant", sa.String().with_variant(postgresql.CITEXT(), "postgresql")),
+)
+O = T.c  # noqa: E741 - short, because every case of refusals names a column
+F = Flight
+
+
+def sql(statement: Any) -> str:
+    return " ".join(str(statement).split())
+
+
+def rewrite_here(statement: Any, **parameters: Any) -> Rewritten:
+    return rewrite(statement, text_order_is_code_point=True, parameters=parameters)
+
+
+def test_a_plain_select_is_sent_as_it_is() -> None:
+    statement = sa.select(F.id, F.origin).where(F.delay > 5)
+
+    found = rewrite_here(statement)
+
+    assert found.statement is statement
+    assert found.spec.describe() == ("shard after shard",)
+
+
+def test_visible_columns_are_sorted_by_where_they_are() -> None:
+    found = rewrite_here(sa.select(F.id, F.delay).order_by(F.delay.desc(), "id"))
+
+    assert found.spec.hidden == 0
+    assert [term.column for term in found.spec.order] == [1, 0]
+    assert found.spec.describe() == ("order by flights.delay desc, flights.id",)
+
+
+def test_other_sort_expressions_become_hidden_columns_behind_the_callers() -> None:
+    found = rewrite_here(sa.select(F.id).order_by(F.delay % 7, F.origin.desc().nulls_last()))
+
+    assert sql(found.statement) == (
+        "SELECT flights.id, flights.delay % :delay_1 AS sqlroute_1, flights.origin AS sqlroute_2 "
+        "FROM flights ORDER BY sqlroute_1 ASC, sqlroute_2 DESC NULLS LAST"
+    )
+    assert [term.column for term in found.spec.order] == [-2, -1]
+    assert found.spec.describe() == (
+        "order by flights.delay % :delay_1, flights.origin desc nulls last",
+    )
+
+
+def test_a_decorated_type_is_sorted_as_it_is_stored() -> None:
+    found = rewrite_here(sa.select(F.loud).order_by(F.loud))
+
+    assert found.spec.hidden == 1
+    hidden: Any = list(found.statement.selected_columns)[-1]
+    assert isinstance(hidden.type, sa.types.NullType)
+
+
+@pytest.mark.parametrize("term", ["late", sa.desc("late"), "delay"])
+def test_names_are_resolved_as_sqlalchemy_does(term: Any) -> None:
+    found = rewrite_here(sa.select(F.id, (F.delay + 1).label("late")).order_by(term))
+
+    assert found.spec.order[0].column == (1 if term != "delay" else -1)
+
+
+def test_limit_plus_offset_is_pushed_to_each_shard() -> None:
+    found = rewrite_here(sa.select(F.id).order_by(F.id).limit(10).offset(5))
+
+    assert found.statement._limit == 15
+    assert found.statement._offset_clause is None
+    assert found.spec.describe()[-1] == "limit 10 offset 5 after merge; limit 15 per shard"
+
+
+def test_limits_come_from_the_parameters_of_the_execution() -> None:
+    statement = sa.select(F.id).limit(sa.bindparam("n")).offset(sa.bindparam("skip", 2))
+
+    found = rewrite_here(statement, n=7)
+
+    assert (found.spec.limit, found.spec.offset, found.spec.pushed) == (7, 2, 9)
+    with pytest.raises(InvalidRequestError, match="'n'"):
+        rewrite_here(statement)
+
+
+def test_no_limit_value_is_no_limit() -> None:
+    found = rewrite_here(sa.select(F.id).limit(sa.bindparam("n")).offset(3), n=None)
+
+    assert (found.spec.limit, found.spec.offset, found.spec.pushed) == (None, 3, None)
+    assert found.statement._limit_clause is None
+
+
+def test_a_negative_limit_is_left_for_postgres_to_refuse() -> None:
+    found = rewrite_here(sa.select(F.id).limit(-1))
+
+    assert found.statement._limit == -1
+    assert found.spec.limit is None
+
+
+def test_a_limit_beyond_integer_is_not_pushed() -> None:
+    found = rewrite_here(sa.select(F.id).limit(2**31 - 1).offset(1))
+
+    assert found.spec.pushed is None
+    assert found.statement._limit_clause is None
+
+
+def test_a_shape_serves_other_values_of_the_statement() -> None:
+    def statement(add: int, limit: int) -> Any:
+        return sa.select(F.id).order_by(F.delay + add).limit(limit)
+
+    shape = analyse(statement(1, 10), text_order_is_code_point=True)
+    found = rewritten(statement(2, 20), shape)
+
+    assert found.spec.limit == 20
+    assert found.statement.compile().params == {"delay_1": 2, "param_1": 20}
+    first, second = (
+        rewritten(statement(n, n), shape).statement._generate_cache_key() for n in (1, 2)
+    )
+    assert first is not None
+    assert second is not None
+    assert first.key == second.key
+
+
+def test_an_average_travels_as_sum_and_count() -> None:
+    found = rewrite_here(
+        sa.select(F.origin, func.avg(F.delay))
+        .group_by(F.origin)
+        .order_by(func.avg(F.delay))
+        .limit(2)
+    )
+
+    assert sql(found.statement) == (
+        "SELECT flights.origin, avg(flights.delay) AS avg_1, sum(flights.delay) AS sqlroute_1, "
+        "count(flights.delay) AS sqlroute_2 FROM flights GROUP BY flights.origin"
+    )
+    parts = [[("JFK", 0, 3, 2)], [("JFK", 0, 1, 2), ("LGA", 0, 0, 1)]]
+    assert list(merge(parts, found.spec)) == [("LGA", Decimal(0)), ("JFK", Decimal(1))]
+
+
+def test_filter_of_an_aggregate_stays_on_its_parts() -> None:
+    found = rewrite_here(sa.select(func.avg(F.price).filter(F.delay > 3)))
+
+    assert sql(found.statement).count("FILTER (WHERE flights.delay > :delay_1)") == 3
+
+
+def test_a_single_precision_average_adds_in_double_precision() -> None:
+    found = rewrite_here(sa.select(func.avg(O.low)))
+
+    assert "sum(CAST(odd.low AS DOUBLE)) AS sqlroute_1" in sql(found.statement)
+
+
+def test_columns_beside_a_group_key_come_from_the_group() -> None:
+    """PostgreSQL allows only what the key determines, so any shard's value is right."""
+    found = rewrite_here(sa.select(F, func.count(Leg.id)).join(F.legs).group_by(F.id))
+
+    assert found.spec.hidden == 1
+    assert found.spec.grouping is not None
+    assert found.spec.grouping.aggregates[0].column == 1
+
+
+def test_joined_eager_collections_keep_the_hidden_columns_outside() -> None:
+    statement = sa.select(F).options(orm.joinedload(F.legs)).order_by(F.delay + 1).limit(3)
+
+    found = rewrite_here(statement)
+
+    assert found.spec.entities
+    assert "anon_1.sqlroute_1" in sql(found.statement).split(" FROM ")[0]
+
+
+def test_known_functions_of_the_caller_are_accepted() -> None:
+    statement = sa.select(func.fare_class(F.price))
+
+    shape = analyse(
+        statement, text_order_is_code_point=True, scalar_functions=frozenset({"fare_class"})
+    )
+
+    assert shape.describe() == ("shard after shard",)
+
+
+TEXT_KEYS = [
+    (F.origin.collate("C"), False, True),
+    (F.origin.collate("POSIX").desc(), False, True),
+    (F.origin, True, True),
+    (F.origin, False, False),
+    (F.origin.collate("en-x-icu"), True, False),
+    (F.dest, True, False),
+    (F.dest.collate("C"), True, True),
+    (func.lower(F.origin), True, True),
+    (func.lower(F.dest), True, False),
+    (func.lower(F.origin.collate("C")), False, False),
+    (func.lower(F.origin).collate("C"), False, True),
+    (sa.select(F.dest).subquery().c.dest, True, False),
+]
+
+
+@pytest.mark.parametrize(("key", "default_is_code_point", "accepted"), TEXT_KEYS)
+def test_text_is_ordered_only_by_code_point(
+    key: Any, default_is_code_point: bool, accepted: bool
+) -> None:
+    statement = sa.select(key).order_by(key)
+    if accepted:
+        rewrite(statement, text_order_is_code_point=default_is_code_point)
+        return
+
+    with pytest.raises(CrossShardRefused, match=r'add \.collate\("C"\)'):
+        rewrite(statement, text_order_is_code_point=default_is_code_point)
+
+
+def grouped(*columns: Any) -> Any:
+    return sa.select(F.origin, *columns).group_by(F.origin)
+
+
+class Mine(sa.ColumnElement[int]):
+    inherit_cache = False
+    type = sa.Integer()
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (sa.select(F.id).distinct(), "DISTINCT"),
+    (sa.select(F.id).ext(postgresql.distinct_on(F.id)), "syntax extension"),
+    (grouped().having(func.count() > 1), "HAVING"),
+    (sa.select(F.id).fetch(3, with_ties=True), "FETCH"),
+    (sa.select(F.id).limit(sa.literal_column("1 + 1")), "LIMIT"),
+    (sa.select(F.id).offset(func.length("abc")), "OFFSET"),
+    (sa.select(F.id).prefix_with("DISTINCT"), "prefix or suffix"),
+    (sa.union_all(sa.select(F.id), sa.select(Leg.id)), "UNION"),
+    (sa.select(func.row_number().over(order_by=F.id)), "OVER"),
+    (sa.select(F.id).order_by(func.rank().over(order_by=F.id)), "OVER"),
+    (sa.select(func.percentile_cont(0.5).within_group(F.delay)), "WITHIN GROUP"),
+    (sa.select(func.count(F.origin.distinct())), "count(DISTINCT)"),
+    (sa.select(func.sum(sa.distinct(F.delay))), "sum(DISTINCT)"),
+    (grouped(func.stddev(F.delay)), "stddev()"),
+    (grouped(func.array_agg(F.id)), "array_agg()"),
+    (grouped(func.string_agg(F.origin, ",")), "string_agg()"),
+    (sa.select(func.my_agg(F.id)), "my_agg()"),
+    (sa.select(func.public.count(F.id)), "count()"),
+    (grouped(func.unnest(sa.literal([1, 2], postgresql.ARRAY(sa.Integer)))), "unnest()"),
+    (grouped(func.sum(F.delay) + 1), "sum()"),
+    (grouped(func.coalesce(func.sum(F.delay), 0)), "sum()"),
+    (grouped(sa.cast(func.avg(F.delay), sa.Integer)), "avg()"),
+    (grouped(func.count()).order_by(-func.count()), "count()"),
+    (sa.select(orm.Bundle("all", func.count(F.id))), "count()"),
+    (sa.select(F.delay).group_by(func.rollup(F.delay)), "ROLLUP"),
+    (sa.select(F.delay).group_by(func.cube(F.delay)), "CUBE"),
+    (sa.select(F.delay).group_by(func.grouping_sets(sa.tuple_(F.delay))), "GROUPING SETS"),
+    (sa.select(F.delay).group_by(sa.tuple_(F.delay, F.id)), "GROUP BY"),
+    (sa.select(F.delay).group_by(sa.text("1")), "GROUP BY"),
+    (sa.select(F.id).order_by(sa.text("id desc")), "ORDER BY"),
+    (sa.select(F.id).order_by(sa.literal_column("1")), "ORDER BY"),
+    (sa.select(F.id).order_by("nowhere"), "ORDER BY"),
+    (sa.select(sa.text("count(*)")).select_from(F), "select list"),
+    (sa.select(sa.text("DISTINCT id")).select_from(F), "select list"),
+    (sa.select(sa.literal_column("array_agg(id)")).select_from(F), "select list"),
+    (grouped(sa.literal_column("id"), func.count()), "select list"),
+    (sa.select(sa.text("origin"), func.count()).select_from(F).group_by(F.origin), "select list"),
+    (sa.select(func.sum(sa.literal_column("delay"))), "sum()"),
+    (sa.select(Mine()), "select list"),
+    (sa.select(func.sum(F.origin)), "sum()"),
+    (sa.select(func.avg(O.wait)), "avg()"),
+    (sa.select(func.avg(O.unknown)), "avg()"),
+    (sa.select(func.sum(O.low)), "sum()"),
+    (sa.select(func.max(F.dest)), "max()"),
+    (sa.select(func.min(O.tags)), "min()"),
+    (sa.select(func.sum(func.sum(F.delay))), "sum()"),
+    (sa.select(func.sum(F.delay, type_=Shout)), "sum()"),
+    (sa.select(F.id).order_by(F.gate), "ORDER BY"),
+    (sa.select(F.id).order_by(F.code), "ORDER BY"),
+    (sa.select(F.id).order_by(F.code.collate("C")), "ORDER BY"),
+    (sa.select(O.id).order_by(O.loose.collate("C")), "ORDER BY"),
+    *((sa.select(O.id).order_by(column), "ORDER BY") for column in list(O)[1:9]),
+    (sa.select(O.id).order_by(O.variant), "ORDER BY"),
+    (sa.select(O.id).order_by(func.lower(O.period)), "ORDER BY"),
+    (sa.select(O.id).order_by(func.date_trunc("day", O.wait)), "ORDER BY"),
+    *((sa.select(column).group_by(column), "GROUP BY") for column in list(O)[1:9]),
+    (sa.select(O.id).order_by(F.id), "FROM"),
+    (sa.select(F).options(orm.joinedload(F.legs)).join(F.legs).limit(3), "LIMIT"),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "clause"),
+    REFUSED,
+    ids=[f"{number}-{clause}" for number, (_, clause) in enumerate(REFUSED)],
+)
+def test_what_has_no_exact_merge_is_refused_by_name(statement: Any, clause: str) -> None:
+    with pytest.raises(CrossShardRefused) as caught:
+        analyse(statement, text_order_is_code_point=True)
+
+    assert caught.value.clause == clause
+    assert str(caught.value).startswith(f"{clause}: ")
+
+
+def test_a_refusal_names_the_expression_its_type_and_the_way_out() -> None:
+    with pytest.raises(CrossShardRefused) as caught:
+        analyse(sa.select(F.id).order_by(F.dest), text_order_is_code_point=True)
+
+    assert str(caught.value) == (
+        "ORDER BY: flights.dest (String(collation='de_DE')): its collation does not order by code "
+        'point; add .collate("C")'
+    )
