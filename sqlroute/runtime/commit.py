@@ -1,0 +1,254 @@
+"""Commit what one session wrote: with its LSN, and atomically over several shards.
+
+One shard: ``COMMIT; SELECT lsn`` as one simple query, one round trip. The LSN is the *flush*
+position: with another transaction's unflushed WAL before it, no standby could reach the insert
+position for a while. (In an implicit pipeline the LSN came *before* the commit record in 50 of 50
+tries, so a pipeline is no way.)
+
+Several shards that wrote: two-phase commit. All but the first are prepared; the first commits in
+one phase and carries the commit record: that row *is* the decision. The rest is then committed.
+Whoever finds a prepared transaction later asks the first shard for the row
+(:func:`sqlroute.catalog.recovery.recover`); nothing is guessed. This order needs 7 round trips for
+two shards, preparing the first one too would need 9.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from sqlalchemy.pool.base import _ConnectionFairy
+from sqlalchemy.util import await_only
+
+from sqlroute.errors import InDoubtCommit, TopologyError
+from sqlroute.routing.affinity import parse_lsn
+
+GROUP = "sqlroute.group"
+COMMIT_WITH_LSN = (
+    "COMMIT; SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_flush_lsn() END"
+)
+GID_PREFIX = "sqlroute:"
+
+_IDLE, _FAILED, _UNKNOWN = 0, 3, 4  # libpq's PGTransactionStatusType
+_GONE = "42704"  # undefined_object: the prepared transaction was finished by somebody else
+
+
+def gid_of(shard: str, designated: str, transaction: str) -> str:
+    """Return the name of a prepared transaction: it says who decides about it."""
+    return f"{GID_PREFIX}{designated}:{transaction}:{shard}"
+
+
+def group_of(connection: Any) -> CommitGroup | None:
+    """Return the group of a pooled connection, if its session gave it one."""
+    if not isinstance(connection, _ConnectionFairy):  # a first connect, or a bare connection
+        return None
+    return connection.info.get(GROUP)
+
+
+class CommitGroup:
+    """The primaries enlisted in one transaction of a session.
+
+    Attributes:
+        lsns: after the commit, the position of each shard that wrote.
+    """
+
+    def __init__(self) -> None:
+        self.lsns: dict[str, int] = {}
+        self._connections: dict[str, Any] = {}
+        self._wrote: dict[str, None] = {}
+        self._done = False
+
+    def __repr__(self) -> str:
+        return f"CommitGroup({', '.join(self._connections)}; wrote {', '.join(self._wrote)})"
+
+    def enlist(self, shard: str, connection: Any) -> None:
+        self._connections[shard] = connection
+        connection.info[GROUP] = self
+
+    def wrote(self, shard: str) -> None:
+        self._wrote[shard] = None
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The shards that were written."""
+        return tuple(self._wrote)
+
+    @staticmethod
+    def leave(connection: Any) -> None:
+        if isinstance(connection, _ConnectionFairy):
+            connection.info.pop(GROUP, None)
+
+    def commit(self, connection: Any) -> None:
+        """Commit one member; the first call of a group that wrote on several commits them all.
+
+        Raises:
+            InDoubtCommit: the decision is recorded but could not be carried out everywhere.
+            TopologyError: a shard allows no prepared transactions.
+        """
+        self.leave(connection)
+        if self._done:
+            return
+        writers = sorted(s for s in self._wrote if _status(self._connections.get(s)) != _IDLE)
+        if len(writers) > 1:
+            self._done = True
+            self._check_alive(writers)
+            self._commit_all(writers)
+            for shard, member in self._connections.items():
+                if shard not in self._wrote:
+                    _run(member, "COMMIT")
+            return
+        shard = next(s for s, member in self._connections.items() if member is connection)
+        lsn = commit_with_lsn(connection)
+        if lsn is not None and shard in self._wrote:
+            self.lsns[shard] = lsn
+
+    def _check_alive(self, writers: list[str]) -> None:
+        """Refuse to commit one part of a transaction whose other part is lost already.
+
+        PostgreSQL answers COMMIT and PREPARE of a failed transaction with ROLLBACK, not an error.
+        """
+        from psycopg import OperationalError
+        from psycopg.errors import InFailedSqlTransaction
+
+        for shard in writers:
+            status = _status(self._connections[shard])
+            if status == _FAILED:
+                raise InFailedSqlTransaction(
+                    f"the transaction has failed on shard {shard}; nothing was committed anywhere"
+                )
+            if status == _UNKNOWN:
+                raise OperationalError(
+                    f"the connection to shard {shard} is lost; nothing was committed anywhere"
+                )
+
+    def _commit_all(self, writers: list[str]) -> None:
+        designated, *others = writers
+        transaction = uuid.uuid4().hex
+        gids = {shard: gid_of(shard, designated, transaction) for shard in others}
+        prepared: list[str] = []
+        try:
+            for shard in others:
+                self._prepare(shard, gids[shard])
+                prepared.append(shard)
+            record = f"INSERT INTO sqlroute.commit_record (transaction) VALUES ('{transaction}')"  # noqa: S608 - a uuid
+            _run(self._connections[designated], record)
+        except BaseException:
+            self._undo(prepared, gids)
+            raise
+        self._decide(designated, prepared, gids)
+        self._finish(others, gids)
+
+    def _prepare(self, shard: str, gid: str) -> None:
+        try:
+            _run(self._connections[shard], f"PREPARE TRANSACTION '{gid}'")
+        except Exception as error:
+            if getattr(error, "sqlstate", None) == "55000":
+                raise TopologyError(
+                    f"the transaction wrote on several shards and shard {shard} allows no prepared "
+                    "transactions; set max_prepared_transactions above 0 and restart it"
+                ) from error
+            raise
+
+    def _decide(self, designated: str, prepared: list[str], gids: dict[str, str]) -> None:
+        connection = self._connections[designated]
+        try:
+            lsn = commit_with_lsn(connection)
+        except Exception as error:
+            if is_lost(connection):
+                raise InDoubtCommit(
+                    f"shard {designated} was lost while it decided; the outcome is in its "
+                    "sqlroute.commit_record, `sqlroute 2pc recover` finishes the others"
+                ) from error
+            self._undo(prepared, gids)
+            raise
+        if lsn is not None:
+            self.lsns[designated] = lsn
+
+    def _finish(self, others: list[str], gids: dict[str, str]) -> None:
+        unfinished = []
+        for shard in others:
+            connection = self._connections[shard]
+            try:
+                lsn = _outside(connection, f"COMMIT PREPARED '{gids[shard]}'")
+            except Exception as error:
+                if getattr(error, "sqlstate", None) != _GONE:
+                    unfinished.append(f"{shard} ({str(error).splitlines()[0]})")
+                    continue
+                lsn = _position(connection, _ask(connection), skip=0)  # recovery was faster
+            if lsn is not None:
+                self.lsns[shard] = lsn
+        if unfinished:
+            raise InDoubtCommit(
+                f"the transaction is committed, but not yet on {', '.join(unfinished)}; "
+                "`sqlroute 2pc recover` finishes it"
+            )
+
+    def _undo(self, prepared: list[str], gids: dict[str, str]) -> None:
+        """Roll back what was prepared; what cannot be reached is left to recovery."""
+        for shard in prepared:
+            try:
+                _outside(self._connections[shard], f"ROLLBACK PREPARED '{gids[shard]}'")
+            except Exception:  # no record exists, so recovery rolls it back
+                continue
+
+
+def commit_with_lsn(connection: Any) -> int | None:
+    """Commit and return the flush LSN, ``None`` when nothing was sent or it is a standby."""
+    driver = connection.driver_connection
+    if driver.pgconn.transaction_status == 0:  # idle: psycopg never sent a BEGIN
+        return None
+    return _position(connection, _run(connection, COMMIT_WITH_LSN))
+
+
+def _outside(connection: Any, command: str) -> int | None:
+    """Run a command that PostgreSQL allows outside of a transaction only; return the LSN."""
+    _autocommit(connection, True)
+    try:
+        _run(connection, command)
+        return _position(connection, _ask(connection), skip=0)
+    finally:
+        if not is_lost(connection):
+            _autocommit(connection, False)
+
+
+def _ask(connection: Any) -> Any:
+    return _run(connection, "SELECT pg_current_wal_flush_lsn()")
+
+
+def _run(connection: Any, command: str) -> Any:
+    """Send one simple query. Not prepared: psycopg would prepare it after five times."""
+    driver = connection.driver_connection
+    found = driver.execute(command, prepare=False)
+    return await_only(found) if _is_async(connection) else found
+
+
+def _position(connection: Any, cursor: Any, skip: int = 1) -> int | None:
+    for _ in range(skip):
+        cursor.nextset()
+    found = cursor.fetchone()
+    row = await_only(found) if _is_async(connection) else found
+    return parse_lsn(row[0]) if row is not None and row[0] is not None else None
+
+
+def _autocommit(connection: Any, value: bool) -> None:
+    found = connection.driver_connection.set_autocommit(value)
+    if _is_async(connection):
+        await_only(found)
+
+
+def _is_async(connection: Any) -> bool:
+    return connection.dbapi_connection is not connection.driver_connection
+
+
+def _status(connection: Any) -> int:
+    """Return libpq's transaction status, idle for a shard that never gave a connection."""
+    if connection is None:
+        return _IDLE
+    driver = connection.driver_connection
+    return _UNKNOWN if driver is None else int(driver.pgconn.transaction_status)
+
+
+def is_lost(connection: Any) -> bool:
+    """Say if a pooled connection has lost its server."""
+    driver = connection.driver_connection
+    return driver is None or bool(driver.closed or driver.broken)

@@ -1,0 +1,118 @@
+"""SQLAlchemy's psycopg dialect with three doors opened: execute, commit and roll back.
+
+*Execute*: inside a scatter the call is handed to a thread, so that several shards work at once
+(:mod:`sqlroute.runtime.scatter`). *Commit*: one simple query commits and brings the LSN back in
+the same round trip; commits of several shards become one (:mod:`sqlroute.runtime.commit`). Doing
+it here, not in a commit event, keeps SQLAlchemy's wrapping of errors, in sync and async alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from greenlet import getcurrent
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGDialectAsync_psycopg
+from sqlalchemy.pool.base import _ConnectionFairy
+from sqlalchemy.util import await_only
+
+from sqlroute.runtime.commit import CommitGroup, group_of, is_lost
+from sqlroute.runtime.scatter import Branch
+
+DRIVERNAME = "postgresql+sqlroute"
+
+READING = "sqlroute.reading"
+
+
+def start_reading(connection: Any) -> None:
+    """Put a pooled connection into AUTOCOMMIT until it goes back to its pool.
+
+    The mode stays on the connection, so that the next read finds it: switching is one flag, but a
+    lock and a generator in psycopg. A transaction that begins switches it back (``do_begin``; an
+    event would cost every statement of the engine).
+    """
+    connection.info[READING] = True
+    driver = connection.driver_connection
+    if not driver.autocommit:
+        _set_autocommit(connection, True)
+        driver.sqlroute_reads = True  # ours, not an isolation level that somebody asked for
+
+
+def _stop_reading(connection: Any) -> None:
+    driver = connection.driver_connection
+    if getattr(driver, "sqlroute_reads", False) and READING not in connection.info:
+        driver.sqlroute_reads = False
+        _set_autocommit(connection, False)
+
+
+def _set_autocommit(connection: Any, value: bool) -> None:
+    found = connection.driver_connection.set_autocommit(value)
+    if connection.dbapi_connection is not connection.driver_connection:
+        await_only(found)
+
+
+class _Doors(PGDialect_psycopg):
+    supports_statement_cache = True
+
+    def do_execute(self, cursor: Any, statement: Any, parameters: Any, context: Any = None) -> None:
+        branch = getcurrent()
+        if isinstance(branch, Branch):
+            branch.call(cursor, cursor.execute, statement, parameters)
+        else:
+            cursor.execute(statement, parameters)
+
+    def do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
+        branch = getcurrent()
+        if isinstance(branch, Branch):
+            branch.call(cursor, cursor.execute, statement)
+        else:
+            cursor.execute(statement)
+
+    def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
+        self.get_driver_connection(dbapi_connection).sqlroute_reads = False
+        super().set_isolation_level(dbapi_connection, level)  # type: ignore[no-untyped-call]
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        if isinstance(dbapi_connection, _ConnectionFairy):
+            _stop_reading(dbapi_connection)
+
+    def do_begin_twophase(self, connection: Any, xid: Any) -> None:
+        _stop_reading(connection.connection)
+        super().do_begin_twophase(connection, xid)  # type: ignore[no-untyped-call]
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        group = group_of(dbapi_connection)
+        if group is None:
+            super().do_commit(dbapi_connection)  # type: ignore[no-untyped-call]
+        else:
+            group.commit(dbapi_connection)
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        if isinstance(dbapi_connection, _ConnectionFairy):
+            if dbapi_connection.info.pop(READING, False):
+                return  # nothing was begun
+            CommitGroup.leave(dbapi_connection)
+            if is_lost(dbapi_connection):  # lost in a commit: the server has rolled back long since
+                if dbapi_connection.driver_connection is not None:
+                    dbapi_connection.invalidate(soft=True)
+                return
+        super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
+
+
+class RoutedDialect(_Doors):
+    """The sync dialect of all engines of sqlroute."""
+
+    supports_statement_cache = True
+
+    @classmethod
+    def get_async_dialect_cls(cls, url: Any) -> type[Any]:
+        return RoutedAsyncDialect
+
+
+class RoutedAsyncDialect(_Doors, PGDialectAsync_psycopg):
+    """The async dialect of all engines of sqlroute."""
+
+    supports_statement_cache = True
+
+
+registry.register("postgresql.sqlroute", __name__, "RoutedDialect")

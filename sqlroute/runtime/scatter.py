@@ -1,0 +1,230 @@
+"""Run one function per shard at the same time, and build all objects in the calling thread.
+
+Sync: each function runs in a greenlet of its own. Where it would block on a server (the dialect's
+``do_execute``) the call goes to a thread and the greenlet gives way; when its answer is there the
+greenlet goes on. So servers work in parallel while Session, ORM and identity map see one thread.
+Async: the same functions as tasks, since SQLAlchemy's async cursor gives way by itself.
+
+The first error cancels the others, on the servers too; a deadline bounds the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
+from typing import Any
+
+from greenlet import greenlet
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from sqlroute.errors import DeadlineExceeded
+
+CANCEL_TIMEOUT = 2.0
+"""Seconds that a server gets to answer a cancel request before its socket is shut."""
+
+CANCEL_PAUSES = (0.05, 0.1, 0.2, 0.4)
+"""Seconds that a server gets to end a call after each request to do so."""
+
+Work = tuple[str, Callable[[], Any]]
+"""A name for messages ("s0 (s0-b)") and what to do."""
+
+
+class Branch(greenlet):
+    """The greenlet of one shard.
+
+    Attributes:
+        connection: psycopg's connection while a call is under way, to cancel it.
+    """
+
+    def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        super().__init__(function)
+        self.name = name
+        self.connection: Any = None
+
+    def call(self, cursor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Hand a blocking call to the hub and wait for its result, other branches running on."""
+        self.connection = getattr(cursor, "connection", None)
+        hub = self.parent
+        assert hub is not None
+        try:
+            return hub.switch(lambda: function(*arguments))
+        finally:
+            self.connection = None
+
+
+def scatter(works: Sequence[Work], threads: ThreadPoolExecutor, timeout: float) -> list[Any]:
+    """Run the works in parallel and return their results in order.
+
+    Args:
+        works: one per shard.
+        threads: where blocking calls go.
+        timeout: seconds for all of them together.
+
+    Raises:
+        DeadlineExceeded: not all were done in time; names those that were not.
+        Exception: the first error of a work, after all others have ended.
+    """
+    hub = _Hub(threads, time.monotonic() + timeout, timeout)
+    for name, function in works:
+        hub.start(name, function)
+    return hub.run()
+
+
+class _Hub:
+    def __init__(self, threads: ThreadPoolExecutor, deadline: float, timeout: float) -> None:
+        self._threads = threads
+        self._deadline = deadline
+        self._timeout = timeout
+        self._branches: list[Branch] = []
+        self._results: dict[Branch, Any] = {}
+        self._pending: dict[Future[Any], Branch] = {}
+        self._error: BaseException | None = None
+
+    def start(self, name: str, function: Callable[[], Any]) -> None:
+        branch = Branch(name, function)
+        branch.gr_context = copy_context()
+        self._branches.append(branch)
+        if self._error is None:
+            self._resume(branch, branch.switch)
+
+    def run(self) -> list[Any]:
+        while self._pending:
+            left = None if self._error else max(0.0, self._deadline - time.monotonic())
+            try:
+                done, _ = wait(self._pending, left, FIRST_COMPLETED)
+            except BaseException as interrupt:  # the threads must end before we do
+                self._fail(interrupt)
+                continue
+            if not done:
+                late = ", ".join(branch.name for branch in self._pending.values())
+                self._fail(
+                    DeadlineExceeded(
+                        f"no answer within {self._timeout:g} s from {late}; "
+                        "raise scatter_timeout or restrict the statement"
+                    )
+                )
+                continue
+            for future in done:
+                branch = self._pending.pop(future)
+                error = future.exception()
+                if error is None:
+                    self._resume(branch, branch.switch, future.result())
+                else:
+                    self._resume(branch, branch.throw, error)
+        if self._error is not None:
+            raise self._error
+        return [self._results[branch] for branch in self._branches]
+
+    def _resume(self, branch: Branch, enter: Callable[..., Any], *arguments: Any) -> None:
+        """Let a branch run until its next blocking call, or its end."""
+        try:
+            found = enter(*arguments)
+            if self._error is not None and not branch.dead:  # it would try again elsewhere
+                found = branch.throw(_Abandoned("another shard has failed"))
+        except BaseException as error:  # raised by run() when all have ended
+            error.add_note(f"on {branch.name}")
+            self._fail(error)
+            return
+        if branch.dead:
+            self._results[branch] = found
+        else:
+            self._pending[self._threads.submit(found)] = branch
+
+    def _fail(self, error: BaseException) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        for branch in self._pending.values():
+            if branch.connection is not None:
+                thread = threading.Thread(target=_cancel, args=(branch,), daemon=True)
+                thread.start()
+
+
+class _Abandoned(Exception):
+    """Thrown into a branch whose result nobody waits for any more."""
+
+
+def _cancel(branch: Branch) -> None:
+    """Cancel a branch's call on the server; a server that does not answer loses the socket.
+
+    Asked more than once: a cancel that overtakes its query is lost. And only while the call lasts:
+    later the connection serves somebody else.
+    """
+    connection = branch.connection
+    with contextlib.suppress(Exception):  # no answer
+        for pause in CANCEL_PAUSES:
+            if branch.connection is not connection:
+                return
+            connection.cancel_safe(timeout=CANCEL_TIMEOUT)
+            time.sleep(pause)
+    if connection is not None and branch.connection is connection:
+        cut(connection)
+
+
+def cut(connection: Any) -> None:
+    """Shut a psycopg connection's socket, so that whoever waits on it gets an error now."""
+    with contextlib.suppress(OSError, Exception):
+        duplicate = socket.socket(fileno=os.dup(connection.pgconn.socket))
+        try:
+            duplicate.shutdown(socket.SHUT_RDWR)
+        finally:
+            duplicate.close()
+
+
+def scatter_async(works: Sequence[Work], timeout: float) -> list[Any]:
+    """Do the same under AsyncSession: called in its greenlet, it awaits one task per work.
+
+    Raises: as :func:`scatter`.
+    """
+    result: list[Any] = await_only(_gather(works, timeout))
+    return result
+
+
+async def _gather(works: Sequence[Work], timeout: float) -> list[Any]:
+    import asyncio
+
+    tasks = [asyncio.create_task(greenlet_spawn(function), name=name) for name, function in works]
+    try:
+        done, pending = await asyncio.wait(
+            tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION
+        )
+        failed = next((t for t in tasks if t in done and t.exception() is not None), None)
+        if failed is not None:
+            error = failed.exception()
+            assert error is not None
+            error.add_note(f"on {failed.get_name()}")
+            raise error
+        if pending:
+            late = ", ".join(task.get_name() for task in tasks if task in pending)
+            raise DeadlineExceeded(
+                f"no answer within {timeout:g} s from {late}; "
+                "raise scatter_timeout or restrict the statement"
+            )
+        return [task.result() for task in tasks]
+    finally:
+        await _abandon([task for task in tasks if not task.done()])
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # asked for, or asyncio logs that nobody did
+
+
+async def _abandon(tasks: list[Any]) -> None:
+    """Cancel tasks until they end.
+
+    On the first cancellation psycopg asks the server to cancel and waits for it; a hung server
+    never answers, and only a second one makes psycopg give up.
+    """
+    import asyncio
+
+    patience = CANCEL_TIMEOUT
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, pending = await asyncio.wait(tasks, timeout=patience)
+        tasks, patience = list(pending), CANCEL_TIMEOUT / 8
