@@ -435,7 +435,7 @@ class TestFailures:
         health = monitor.ready(5)
 
         assert health.of(b.name).last_error.endswith(
-            'FATAL:  password authentication failed for user "sqlroute"'
+            'FATAL:  password authentication failed for user "app"'
         )
         assert health.of(c.name).is_readable
         until(lambda: monitor.health.of(b.name).state is State.DOWN)

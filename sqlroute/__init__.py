@@ -1,0 +1,110 @@
+"""Database routing for SQLAlchemy and PostgreSQL: read replicas, hash shards, no proxy.
+
+The names are imported when first used (PEP 562), so that a module of this package which needs no
+SQLAlchemy, such as the command line that prints its help, does not load it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqlroute.errors import (
+        CatalogError,
+        ConfigError,
+        CrossShardRefused,
+        DeadlineExceeded,
+        InDoubtCommit,
+        InvalidShardKey,
+        MissingShardKey,
+        NoEligibleNode,
+        NoPrimary,
+        PlanError,
+        SQLRouteError,
+        StaleShardMap,
+        UnknownName,
+        UnownedBucket,
+    )
+    from sqlroute.router import Router
+    from sqlroute.routing.affinity import Token
+    from sqlroute.routing.declare import reference_table, sharded_by
+    from sqlroute.routing.plan import Plan
+    from sqlroute.routing.policy import Consistency, Policy
+    from sqlroute.session import RoutingMixin, RoutingSession
+    from sqlroute.session_async import RoutingAsyncSession
+    from sqlroute.topology import Keyspace, Node, Shard, ShardMap, Topology
+
+__all__ = [
+    "CatalogError",
+    "ConfigError",
+    "Consistency",
+    "CrossShardRefused",
+    "DeadlineExceeded",
+    "InDoubtCommit",
+    "InvalidShardKey",
+    "Keyspace",
+    "MissingShardKey",
+    "NoEligibleNode",
+    "NoPrimary",
+    "Node",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "Router",
+    "RoutingAsyncSession",
+    "RoutingMixin",
+    "RoutingSession",
+    "SQLRouteError",
+    "Shard",
+    "ShardMap",
+    "StaleShardMap",
+    "Token",
+    "Topology",
+    "UnknownName",
+    "UnownedBucket",
+    "reference_table",
+    "sharded_by",
+]
+
+_MODULES = {
+    "CatalogError": "sqlroute.errors",
+    "ConfigError": "sqlroute.errors",
+    "Consistency": "sqlroute.routing.policy",
+    "CrossShardRefused": "sqlroute.errors",
+    "DeadlineExceeded": "sqlroute.errors",
+    "InDoubtCommit": "sqlroute.errors",
+    "InvalidShardKey": "sqlroute.errors",
+    "Keyspace": "sqlroute.topology",
+    "MissingShardKey": "sqlroute.errors",
+    "NoEligibleNode": "sqlroute.errors",
+    "NoPrimary": "sqlroute.errors",
+    "Node": "sqlroute.topology",
+    "Plan": "sqlroute.routing.plan",
+    "PlanError": "sqlroute.errors",
+    "Policy": "sqlroute.routing.policy",
+    "Router": "sqlroute.router",
+    "RoutingAsyncSession": "sqlroute.session_async",
+    "RoutingMixin": "sqlroute.session",
+    "RoutingSession": "sqlroute.session",
+    "SQLRouteError": "sqlroute.errors",
+    "Shard": "sqlroute.topology",
+    "ShardMap": "sqlroute.topology",
+    "StaleShardMap": "sqlroute.errors",
+    "Token": "sqlroute.routing.affinity",
+    "Topology": "sqlroute.topology",
+    "UnknownName": "sqlroute.errors",
+    "UnownedBucket": "sqlroute.errors",
+    "reference_table": "sqlroute.routing.declare",
+    "sharded_by": "sqlroute.routing.declare",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

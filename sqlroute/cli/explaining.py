@@ -1,0 +1,122 @@
+"""Explain a statement: a SQLAlchemy one by its name, or SQL text through PostgreSQL's parser."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.elements import BindParameter
+
+from sqlroute.cli.cluster import tables_of
+from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
+from sqlroute.router import Router
+from sqlroute.routing.affinity import Affinity
+from sqlroute.routing.plan import Plan, Tier
+from sqlroute.routing.sqltext import describe_text
+
+NOTE = (
+    "this is where the text belongs; a session sends text() to the primary, and on several shards "
+    "needs execution_options(sqlroute_shard=...)"
+)
+"""True of every plan for text, and said with it: sessions do not parse."""
+
+
+def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan for SQL text.
+
+    Raises:
+        PlanError: it cannot be parsed or routed.
+        UnknownName: a table or parameter that nobody knows.
+    """
+    text = describe_text(sql, tables_of(router), router.topology, parameters)
+    rows = list(text.rows) if text.rows is not None else None
+    found = router.plan(text.described(), Affinity(), router.engines(is_async=False), keys=rows)
+    if found.tier is not Tier.SINGLE:
+        raise CrossShardRefused(
+            "text()",
+            f"SQL text runs on one shard only for now, and this needs {', '.join(found.shards)} "
+            f"({found.reasons[-1]}); restrict it by its key, or use SQLAlchemy's select()",
+        )
+    return {"statement": sql, **found.describe(), "note": NOTE}
+
+
+def explain_named(router: Router, name: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """Return the plan for a statement of SQLAlchemy.
+
+    Args:
+        name: ``module:name`` of the statement, or of a callable that returns it.
+        parameters: values of its bind parameters, as text.
+
+    Raises:
+        PlanError: it cannot be routed.
+        UnknownName: there is no such module, name or parameter.
+    """
+    statement = load_statement(name)
+    values = _typed(statement, parameters)
+    found: Plan = router.explain(statement, values or None)
+    return {"statement": " ".join(str(statement).split()), **found.describe(), "note": ""}
+
+
+def load_statement(name: str) -> Any:
+    """Return the statement that ``module:name`` means; the current directory is looked in too.
+
+    Raises:
+        UnknownName: there is none.
+        SQLRouteError: the module or the callable failed.
+    """
+    module_name, colon, path = name.partition(":")
+    if not module_name or not colon or not path:
+        raise UnknownName(f"--statement {name!r} is not module:name")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        if exc.name is None or not f"{module_name}.".startswith(f"{exc.name}."):
+            raise SQLRouteError(f"importing {module_name} failed: {exc}") from exc
+        raise UnknownName(f"no module {module_name!r}; looked in {here} and sys.path") from None
+    except Exception as exc:
+        raise SQLRouteError(f"importing {module_name} failed: {_said(exc)}") from exc
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise UnknownName(f"module {module_name} has no {path!r}")
+        found = getattr(found, part)
+    if not isinstance(found, Executable) and callable(found):
+        try:
+            found = found()
+        except Exception as exc:
+            raise SQLRouteError(f"calling {name} failed: {_said(exc)}") from exc
+    if not isinstance(found, Executable):
+        what = type(found).__name__
+        raise UnknownName(f"{name} is a {what}, no statement and no callable returning one")
+    return found
+
+
+def _typed(statement: Any, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values as the types of the statement's bind parameters have them."""
+    types = {
+        element.key: element.type
+        for element in visitors.iterate(statement)
+        if isinstance(element, BindParameter)
+    }
+    typed: dict[str, Any] = {}
+    for name, text in parameters.items():
+        if name not in types:
+            named = sorted(key for key in types if not key.startswith("%("))
+            known = ", ".join(named) or "none with a name"
+            raise UnknownName(f"the statement has no parameter {name!r}; it has: {known}")
+        try:
+            is_integer = types[name].python_type is int
+        except NotImplementedError:
+            is_integer = False
+        typed[name] = int(text) if is_integer and text.lstrip("-").isdecimal() else text
+    return typed
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,490 @@
+"""The engine registry: topology, monitor, shard maps and engines behind all sessions.
+
+One router per process. Making it opens nothing: the monitor starts with the first statement, each
+pool with its first connection. It turns a described statement into a plan and sees to the two facts
+that a plan may wait for: a replica proved fresh, and the lease of the shard map.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy.sql.schema import MetaData, Table
+
+from sqlroute.errors import ShardMapUnavailable, UnknownName
+from sqlroute.health import Health, Role
+from sqlroute.routing.affinity import Affinity
+from sqlroute.routing.balancing import has_replayed
+from sqlroute.routing.declare import declaration, shard_key
+from sqlroute.routing.plan import Plan
+from sqlroute.routing.planner import (
+    Described,
+    Planner,
+    Situation,
+    Unproven,
+    map_of,
+    plan,
+    plan_rows,
+    primary_target,
+)
+from sqlroute.routing.policy import Policy
+from sqlroute.routing.rows import bucket_of_key
+from sqlroute.runtime.engines import Engines
+from sqlroute.topology import Keyspace, ShardMap, Topology
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.orm import sessionmaker
+
+    from sqlroute.runtime.monitor import Monitor
+    from sqlroute.session import RoutingSession
+    from sqlroute.session_async import RoutingAsyncSession
+
+T = TypeVar("T")
+log = logging.getLogger("sqlroute.router")
+
+SCATTER_THREADS = 64
+"""Statements that sync sessions may have under way in scatters; more wait for a thread."""
+
+
+class Router:
+    """Routes the sessions it makes.
+
+    Args:
+        topology: the servers.
+        policy: the rules of choosing.
+    """
+
+    def __init__(self, topology: Topology, policy: Policy | None = None) -> None:
+        self.topology = topology
+        self.policy = policy or Policy()
+        self.planner = Planner(topology)
+        from sqlroute.runtime.monitor import Monitor  # asyncio and threads: not at import
+
+        self.monitor: Monitor = Monitor(
+            topology,
+            interval=self.policy.probe_interval,
+            deadline=self.policy.probe_deadline,
+            on_down=self._node_down,
+        )
+        self._maps: Mapping[str, ShardMap] = MappingProxyType({})
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._rng = Random()
+        self._threads: ThreadPoolExecutor | None = None
+        self._pid = 0
+        self._engines = {
+            flavour: Engines(
+                topology,
+                self.policy,
+                is_async=flavour,
+                on_failure=self._node_failed,
+                on_stale_map=self._map_is_stale,
+            )
+            for flavour in (False, True)
+        }
+
+    def __repr__(self) -> str:
+        shards = ", ".join(self.topology.keyspace_of_shard)
+        return f"Router({shards})"
+
+    @classmethod
+    def from_config(cls, source: str | Path | Mapping[str, Any] | None = None) -> Router:
+        """Make a router from a TOML file, a dict, or what ``SQLROUTE_CONFIG`` names.
+
+        Raises:
+            ConfigError: lists every fault with its path.
+        """
+        from sqlroute.config import load
+
+        settings = load(source)
+        return cls(settings.topology, settings.policy)
+
+    # sessions
+
+    def sessionmaker(self, **options: Any) -> sessionmaker[RoutingSession]:
+        """Return SQLAlchemy's ``sessionmaker`` of routed sessions; options go to the Session."""
+        from sqlalchemy.orm import sessionmaker
+
+        from sqlroute.session import RoutingSession
+
+        options.setdefault("class_", RoutingSession)
+        return sessionmaker(router=self, **options)
+
+    def async_sessionmaker(self, **options: Any) -> async_sessionmaker[RoutingAsyncSession]:
+        """Return SQLAlchemy's ``async_sessionmaker`` of routed sessions."""
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        from sqlroute.session import RoutingSession
+        from sqlroute.session_async import RoutingAsyncSession
+
+        options.setdefault("class_", RoutingAsyncSession)
+        options.setdefault("sync_session_class", RoutingSession)
+        return async_sessionmaker(router=self, asynchronous=True, **options)
+
+    # the way of a statement
+
+    def plan(
+        self,
+        described: Described,
+        affinity: Affinity,
+        engines: Engines,
+        *,
+        keys: list[Any] | None = None,
+        shard: str | None = None,
+        exclude: frozenset[str] = frozenset(),
+    ) -> Plan:
+        """Plan one execution, after the facts it needs were made sure of.
+
+        Args:
+            keys: the key of each row, for an INSERT into a sharded table.
+            shard: the shard that the caller named.
+            exclude: nodes that just failed this statement.
+
+        Raises:
+            PlanError: it cannot be routed.
+            TopologyError: no node can take it now.
+        """
+        may_wait = True
+        for _ in range(5):
+            situation = self._situation(affinity, engines, exclude, shard, may_wait)
+            try:
+                if keys is None:
+                    found = plan(described, situation, self._rng)
+                else:
+                    found = plan_rows(described, keys, situation, self._rng)
+            except Unproven as unproven:
+                may_wait = self._prove(unproven.shard, affinity, engines)
+                continue
+            except ShardMapUnavailable:
+                if self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
+                    continue
+                raise
+            if not found.epoch or self._confirmed(found, engines):
+                return found
+        raise ShardMapUnavailable(
+            f"the shard map changed while {', '.join(found.shards)} was planned; try again"
+        )
+
+    def explain(self, statement: Any, parameters: Any = None) -> Plan:
+        """Return the plan that a new session would make for a statement, without running it.
+
+        Raises: as :meth:`plan`.
+        """
+        from sqlroute.session import RoutingSession
+
+        with RoutingSession(router=self) as session:
+            return session.explain(statement, parameters)
+
+    def _situation(
+        self,
+        affinity: Affinity,
+        engines: Engines,
+        exclude: frozenset[str] = frozenset(),
+        shard: str | None = None,
+        may_wait: bool = False,
+    ) -> Situation:
+        return Situation(
+            self.topology,
+            self.policy,
+            self.health(engines),
+            self._maps,
+            affinity,
+            engines.loads,
+            exclude,
+            shard,
+            may_wait,
+        )
+
+    def situation(self, affinity: Affinity, engines: Engines) -> Situation:
+        """Return what is known now, for a write that no statement describes."""
+        return self._situation(affinity, engines)
+
+    def health(self, engines: Engines | None = None) -> Health:
+        """Return the newest health; the first call in a process waits for the first look at all."""
+        if self._pid != os.getpid():
+            blocking(engines or self._engines[False], self._first_look)
+        return self.monitor.health
+
+    def _first_look(self) -> None:
+        """Wait until every shard has a primary, at most as long as a connection may take."""
+        deadline = time.monotonic() + self.policy.connect_timeout
+        with self._starting:
+            if self._pid == os.getpid():
+                return
+            health = self.monitor.ready(self.policy.connect_timeout)
+            for shard in self.topology.keyspace_of_shard:
+                while health.primary(shard) is None and time.monotonic() < deadline:
+                    time.sleep(0.05)  # a refused connection answers at once
+                    health = self.monitor.ask(shard, self.policy.probe_deadline)
+            self._pid = os.getpid()
+
+    def _prove(self, shard: str, affinity: Affinity, engines: Engines) -> bool:
+        """Wait shortly for a replica that has replayed the session's token; say if to ask again."""
+        token = affinity.of(shard).token
+        assert token is not None
+        deadline = time.monotonic() + self.policy.token_wait
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            health = blocking(engines, self.monitor.ask, shard, max(left, 0.005))
+            if any(has_replayed(node, token) for node in health.replicas(shard)):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+    def _confirmed(self, found: Plan, engines: Engines) -> bool:
+        """See to the lease: each shard of a plan must have confirmed the map it was made by."""
+        lease = self.policy.map_lease
+        health = self.monitor.health
+        for target in found.targets:
+            shard = target.shard
+            if health.confirmed(shard, found.epoch, time.monotonic(), lease):
+                continue
+            health = blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
+            if health.confirmed(shard, found.epoch, time.monotonic(), lease):
+                continue
+            keyspace = self.topology.keyspace_of_shard[shard]
+            newest = health.highest_epoch(shard) or 0
+            if newest > found.epoch and self._refresh(keyspace, engines, newer_than=found.epoch):
+                return False
+            raise ShardMapUnavailable(
+                f"shard {shard} did not confirm epoch {found.epoch} of the shard map within "
+                f"{lease:g} s (it reports {newest or 'nothing'}); it is unreachable or its catalog "
+                "is missing: see `sqlroute status`"
+            )
+        return True
+
+    def _refresh(self, keyspace: Keyspace, engines: Engines, newer_than: int) -> bool:
+        """Read the map of a keyspace anew; say whether the one in use is newer than an epoch."""
+        from sqlroute.catalog.maps import read_newest
+
+        health = self.monitor.health
+        nodes = [node for shard in keyspace.shards for node in shard.nodes]
+        nodes.sort(key=lambda node: not health.of(node.name).is_readable)
+        primaries = [n for n in nodes if health.of(n.name).role is Role.PRIMARY]
+        timeout = self.policy.connect_timeout
+        found = blocking(engines, read_newest, keyspace, primaries, timeout)
+        if found is None:
+            found = blocking(engines, read_newest, keyspace, nodes, timeout)
+        with self._lock:
+            current = self._maps.get(keyspace.name)
+            if found is not None and (current is None or current.epoch < found.epoch):
+                log.info("shard map of %s: epoch %d", keyspace.name, found.epoch)
+                self._maps = MappingProxyType({**self._maps, keyspace.name: found})
+                current = found
+        return current is not None and current.epoch > newer_than
+
+    def shard_map(self, keyspace: str | None = None) -> ShardMap:
+        """Return the newest shard map of a keyspace, read now.
+
+        Raises:
+            ShardMapUnavailable: nobody has one.
+        """
+        found = self.topology.keyspace(keyspace) if keyspace else self.topology.default
+        self.health()
+        self._refresh(found, self._engines[False], newer_than=0)
+        if found.name not in self._maps:
+            raise ShardMapUnavailable(
+                f"keyspace {found.name} has no shard map; make one by router.create_all(metadata) "
+                "or `sqlroute catalog install`"
+            )
+        return self._maps[found.name]
+
+    def shard_map_of(self, keyspace: Keyspace, engines: Engines) -> ShardMap:
+        """Return the shard map in use, read if there is none yet.
+
+        Raises:
+            ShardMapUnavailable: nobody has one.
+        """
+        found = self._maps.get(keyspace.name)
+        if found is None:
+            self.health(engines)
+            self._refresh(keyspace, engines, newer_than=0)
+            found = map_of(self._situation(Affinity(), engines), keyspace)
+        return found
+
+    def epoch_of(self, shard: str) -> int:
+        """Return the epoch of the shard map in use, 0 without one."""
+        found = self._maps.get(self.topology.keyspace_of_shard[shard].name)
+        return found.epoch if found is not None else 0
+
+    def locate(self, table: Table, key: tuple[Any, ...]) -> tuple[int, str]:
+        """Return (bucket, shard) of a key of a sharded table.
+
+        Raises:
+            InvalidShardKey, UnownedBucket: the key has no place.
+        """
+        declared = declaration(table)
+        found = self.shard_map(declared.keyspace if declared else None)
+        row = dict(zip(shard_key(table).names, key, strict=True))
+        bucket = bucket_of_key(table, row, len(found.owners))
+        return bucket, found.owner(bucket)
+
+    # servers
+
+    def engines(self, *, is_async: bool) -> Engines:
+        """Return the engines of one flavour."""
+        return self._engines[is_async]
+
+    def primary_engine(self, shard: str) -> Any:
+        """Return the sync engine of a shard's primary.
+
+        Raises:
+            NoPrimary: none is known.
+        """
+        self.topology.shard(shard)
+        engines = self._engines[False]
+        target = primary_target(shard, self.situation(Affinity(), engines))
+        return engines.engine(target.node)
+
+    def threads(self) -> ThreadPoolExecutor:
+        """Return the threads that wait for servers in scatters of sync sessions."""
+        if self._threads is None or self._threads_pid != os.getpid():
+            with self._lock:
+                self._threads = ThreadPoolExecutor(SCATTER_THREADS, "sqlroute-scatter")
+                self._threads_pid = os.getpid()
+        return self._threads
+
+    _threads_pid = 0
+
+    def _node_failed(self, node: str, error: BaseException) -> None:
+        self.monitor.report_failure(node, error)
+
+    def _map_is_stale(self, node: str) -> None:
+        """Forget the map that sent a row to the wrong shard: the next plan reads it anew."""
+        keyspace = self.topology.keyspace_of_shard[self._shard(node)].name
+        with self._lock:
+            maps = {name: found for name, found in self._maps.items() if name != keyspace}
+            self._maps = MappingProxyType(maps)
+
+    def _node_down(self, node: str) -> None:
+        count = 0
+        for engines in self._engines.values():
+            engines.expire(node)
+            count += engines.cut_reads(node)
+        if count:
+            log.warning("node %s is down: cut %d read(s) that waited for it", node, count)
+
+    # schema
+
+    def install_catalog(self) -> dict[str, ShardMap]:
+        """Create or upgrade the ``sqlroute`` schema on every shard, and the first shard map.
+
+        Returns:
+            The shard map of each keyspace.
+        """
+        from sqlroute.catalog import install, maps
+
+        for keyspace in self.topology.keyspaces:
+            engines = [self.primary_engine(shard.name) for shard in keyspace.shards]
+            for engine in engines:
+                with engine.begin() as connection:
+                    install.upgrade(connection)
+            nodes = [node for shard in keyspace.shards for node in shard.nodes]
+            found = maps.read_newest(keyspace, nodes, self.policy.connect_timeout)
+            found = found or ShardMap.even(keyspace)
+            for engine in engines:
+                with engine.begin() as connection:
+                    maps.write(found, connection)
+            for shard in keyspace.shards:
+                self.monitor.ask(shard.name, self.policy.probe_deadline)
+            self._refresh(keyspace, self._engines[False], newer_than=0)
+        return {
+            keyspace.name: self.shard_map(keyspace.name) for keyspace in self.topology.keyspaces
+        }
+
+    def create_all(self, metadata: MetaData) -> None:
+        """Create the catalog and the missing tables on every shard: parents, owned leaves.
+
+        Raises:
+            InvalidShardKey: a primary key or unique constraint lacks the shard key.
+        """
+        from sqlroute.catalog import ddl
+
+        ddl.check(metadata)
+        found = self.install_catalog()
+        for keyspace in self.topology.keyspaces:
+            tables = [t for t in metadata.sorted_tables if self._keyspace_of(t) is keyspace]
+            for shard in keyspace.shards:
+                owned = found[keyspace.name].buckets_of(shard.name)
+                with self.primary_engine(shard.name).begin() as connection:
+                    ddl.create(metadata, tables, owned, keyspace.buckets, connection)
+
+    def drop_all(self, metadata: MetaData) -> None:
+        """Drop the tables of a metadata on every shard; the catalog stays."""
+        for keyspace in self.topology.keyspaces:
+            tables = [t for t in metadata.sorted_tables if self._keyspace_of(t) is keyspace]
+            for shard in keyspace.shards:
+                with self.primary_engine(shard.name).begin() as connection:
+                    metadata.drop_all(connection, tables=tables)
+
+    def recover(self, older_than: float = 10.0) -> tuple[Any, ...]:
+        """Finish commits over several shards that a killed process left half way.
+
+        Args:
+            older_than: seconds a transaction must have been prepared.
+        """
+        from sqlroute.catalog.recovery import recover
+
+        engines = {shard: self.primary_engine(shard) for shard in self.topology.keyspace_of_shard}
+        return recover(engines, older_than)
+
+    def _keyspace_of(self, table: Table) -> Keyspace:
+        declared = declaration(table)
+        name = declared.keyspace if declared is not None else None
+        return self.topology.keyspace(name) if name else self.topology.default
+
+    def _shard(self, node: str) -> str:
+        try:
+            return self.topology.shard_of_node[node]
+        except KeyError:
+            raise UnknownName(f"unknown node {node!r}") from None
+
+    # the end
+
+    def close(self) -> None:
+        """Stop the monitor and close all pools of sync engines."""
+        self.monitor.close()
+        self._engines[False].close()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+        self._pid = 0
+
+    async def aclose(self) -> None:
+        """Close everything, pools of async engines too, in their event loop."""
+        await self._engines[True].aclose()
+        self.close()
+
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Router:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def blocking(engines: Engines, function: Callable[..., T], *arguments: Any) -> T:
+    """Call what blocks: here in a sync program, in a thread under AsyncSession."""
+    if not engines.is_async:
+        return function(*arguments)
+    import asyncio
+
+    from sqlalchemy.util import await_only
+
+    found: T = await_only(asyncio.to_thread(function, *arguments))
+    return found
