@@ -96,9 +96,17 @@ class NoEligibleNode(TopologyError):
 
 
 class NoPrimary(TopologyError):
-    """No node of the shard is known to be a primary."""
+    """No node of the shard is known to be a primary.
+
+    Attributes:
+        shard: its name.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, shard: str = "") -> None:
+        self.shard = shard
+        super().__init__(message)
 
 
 class ShardMapUnavailable(TopologyError):

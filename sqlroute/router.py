@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.sql.schema import MetaData, Table
 
-from sqlroute.errors import ShardMapUnavailable, UnknownName
+from sqlroute.errors import NoPrimary, ShardMapUnavailable, UnknownName
 from sqlroute.health import Health, Role
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import has_replayed
 from sqlroute.routing.declare import declaration, shard_key
-from sqlroute.routing.plan import Plan
+from sqlroute.routing.plan import Plan, Target
 from sqlroute.routing.planner import (
     Described,
     Planner,
@@ -154,7 +154,7 @@ class Router:
             PlanError: it cannot be routed.
             TopologyError: no node can take it now.
         """
-        may_wait = True
+        may_wait, asked = True, False
         for _ in range(5):
             situation = self._situation(affinity, engines, exclude, shard, may_wait)
             try:
@@ -164,6 +164,12 @@ class Router:
                     found = plan_rows(described, keys, situation, self._rng)
             except Unproven as unproven:
                 may_wait = self._prove(unproven.shard, affinity, engines)
+                continue
+            except NoPrimary as none:
+                if asked:
+                    raise
+                asked = True  # a statement may have failed a moment ago: ask, all callers at once
+                blocking(engines, self.monitor.ask, none.shard, self.policy.probe_deadline)
                 continue
             except ShardMapUnavailable:
                 if self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
@@ -343,8 +349,19 @@ class Router:
         """
         self.topology.shard(shard)
         engines = self._engines[False]
-        target = primary_target(shard, self.situation(Affinity(), engines))
-        return engines.engine(target.node)
+        return engines.engine(self.primary_of(shard, Affinity(), engines).node)
+
+    def primary_of(self, shard: str, affinity: Affinity, engines: Engines) -> Target:
+        """Return the primary of a shard, for a write that no statement describes.
+
+        Raises:
+            NoPrimary: none is known, and asking all its nodes found none.
+        """
+        try:
+            return primary_target(shard, self._situation(affinity, engines))
+        except NoPrimary:
+            blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
+            return primary_target(shard, self._situation(affinity, engines))
 
     def threads(self) -> ThreadPoolExecutor:
         """Return the threads that wait for servers in scatters of sync sessions."""

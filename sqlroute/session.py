@@ -34,7 +34,6 @@ from sqlroute.references import copy_after_flush
 from sqlroute.routing.affinity import Affinity, Token, parse_lsn
 from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
 from sqlroute.routing.plan import Plan, Target, Tier
-from sqlroute.routing.planner import primary_target
 from sqlroute.routing.rows import bucket_of_key, missing, python_default
 from sqlroute.runtime.commit import CommitGroup
 
@@ -160,9 +159,10 @@ class RoutingMixin(_Base):
         keyspace = topology.keyspace(name) if name else topology.default
         if not keyspace.is_sharded:
             return []
-        shard_map = self._router.shard_map_of(keyspace, self._routes)
-        situation = self._router.situation(self._affinity, self._routes)
-        targets = [primary_target(shard, situation) for shard in shard_map.shards[1:]]
+        targets = [
+            self._router.primary_of(shard, self._affinity, self._routes)
+            for shard in keyspace.shard_names[1:]
+        ]
         for target in targets:
             self._wrote(target.shard)
         return [self._enlisted(target) for target in targets]
@@ -210,7 +210,7 @@ class RoutingMixin(_Base):
             )
         if isinstance(declaration(declared), Reference):
             copy_after_flush(state.mapper)
-            return self._router.shard_map_of(keyspace, self._routes).shards[0]
+            return keyspace.shard_names[0]
         if state.key is not None:
             token: str = state.key[2]
             return token
@@ -264,7 +264,7 @@ class RoutingMixin(_Base):
         )
 
     def _primary_engine(self, shard: str) -> Engine:
-        target = primary_target(shard, self._router.situation(self._affinity, self._routes))
+        target = self._router.primary_of(shard, self._affinity, self._routes)
         return self._routes.engine(target.node)
 
     def _connection_for_bind(

@@ -191,6 +191,15 @@ class ShardMap:
             )
         return owner
 
+    def check_complete(self) -> None:
+        """Refuse a map with gaps: "all shards" would not be all rows.
+
+        Raises:
+            UnownedBucket: names the first bucket that no shard owns.
+        """
+        if "" in self.owners:
+            self.owner(self.owners.index(""))
+
     def buckets_of(self, shard: str) -> tuple[int, ...]:
         return tuple(i for i, owner in enumerate(self.owners) if owner == shard)
 

@@ -407,6 +407,7 @@ def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> set[s
             values, occurrence.key.kinds, statement.keyspace.buckets
         )
         if buckets is None:
+            shard_map.check_complete()
             found.update(shard_map.shards)
         else:
             found.update(shard_map.owner(bucket) for bucket in buckets)
@@ -431,8 +432,9 @@ def _anywhere(
         shard = tied or shard_map.shards[0]
         return (shard,), "its tables are held in full on every shard"
     if statement.target is None:
-        return (shard_map.shards[0],), "rows of reference tables are locked on the first shard"
-    return shard_map.shards, "a reference table is written on every shard"
+        first = statement.keyspace.shard_names[0]
+        return (first,), "not proved to be a read; reference tables are locked on the first shard"
+    return statement.keyspace.shard_names, "a reference table is written on every shard"
 
 
 def _check_scatter(statement: Statement) -> None:
@@ -511,7 +513,9 @@ def _primary(shard: str, situation: Situation) -> str:
             else f"{node.name} {_state(situation.health, node.name)}"
             for node in situation.topology.shard(shard).nodes
         )
-        raise NoPrimary(f"shard {shard} has no primary now: {states}; try again or promote a node")
+        raise NoPrimary(
+            f"shard {shard} has no primary now: {states}; try again or promote a node", shard
+        )
     return primary.node
 
 

@@ -2,8 +2,9 @@
 
 One shard: ``COMMIT; SELECT lsn`` as one simple query, one round trip. The LSN is the *flush*
 position: with another transaction's unflushed WAL before it, no standby could reach the insert
-position for a while. (In an implicit pipeline the LSN came *before* the commit record in 50 of 50
-tries, so a pipeline is no way.)
+position for a while; only under ``synchronous_commit = off``, where the commit itself may still be
+unflushed, it is the insert position. (In an implicit pipeline the LSN came *before* the commit
+record in 50 of 50 tries, so a pipeline is no way.)
 
 Several shards that wrote: two-phase commit. All but the first are prepared; the first commits in
 one phase and carries the commit record: that row *is* the decision. The rest is then committed.
@@ -24,9 +25,9 @@ from sqlroute.errors import InDoubtCommit, TopologyError
 from sqlroute.routing.affinity import parse_lsn
 
 GROUP = "sqlroute.group"
-COMMIT_WITH_LSN = (
-    "COMMIT; SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_flush_lsn() END"
-)
+COMMIT_WITH_LSN = """COMMIT; SELECT CASE WHEN pg_is_in_recovery() THEN NULL
+WHEN current_setting('synchronous_commit') = 'off' THEN pg_current_wal_insert_lsn()
+ELSE pg_current_wal_flush_lsn() END"""
 GID_PREFIX = "sqlroute:"
 
 _IDLE, _FAILED, _UNKNOWN = 0, 3, 4  # libpq's PGTransactionStatusType

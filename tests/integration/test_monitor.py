@@ -535,6 +535,7 @@ class TestLife:
         self, one: LocalTopology, make_monitor: MakeMonitor
     ) -> None:
         """Idempotent, whoever comes first."""
+        before = _threads()
         monitor = make_monitor(map(node_of, one.nodes))
         threads = [threading.Thread(target=monitor.start) for _ in range(20)]
         for thread in threads:
@@ -542,13 +543,14 @@ class TestLife:
         for thread in threads:
             thread.join()
 
-        assert sum(t.name == "sqlroute monitor" for t in threading.enumerate()) == 1
+        assert len(_threads() - before) == 1
 
     def test_close_leaves_no_thread_and_no_connection(
         self, one: LocalTopology, make_monitor: MakeMonitor
     ) -> None:
         """Also when a server hangs; the last health stays readable, stragglers start nothing."""
         a, b, _ = one.nodes
+        before = _threads()
         monitor = make_monitor(map(node_of, one.nodes))
         monitor.ready(5)
         assert len(watching(a)) == 1
@@ -561,7 +563,7 @@ class TestLife:
         monitor.ask("s0", 5)
 
         assert took < 0.5
-        assert not any(t.name == "sqlroute monitor" for t in threading.enumerate())
+        assert _threads() <= before
         assert _descriptors() < descriptors
         until(lambda: watching(a) == set())
         assert monitor.health.of(a.name).last_error == "too late"
@@ -624,10 +626,11 @@ class TestLife:
     ) -> None:
         """The child starts a monitor of its own and never touches the parent's sockets."""
         a = one.nodes[0]
+        others = _sockets()
         monitor = make_monitor(map(node_of, one.nodes))
         monitor.ready(5)
         before = watching(a)
-        inherited = _sockets()
+        inherited = _sockets() - others
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -669,6 +672,11 @@ def _errors_of(nodes: Iterable[NodeHealth]) -> list[str]:
 
 def _descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def _threads() -> set[threading.Thread]:
+    """Threads of monitors; another fixture's router may have one, too."""
+    return {thread for thread in threading.enumerate() if thread.name == "sqlroute monitor"}
 
 
 def _sockets() -> set[str]:

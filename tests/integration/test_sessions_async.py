@@ -245,7 +245,7 @@ def test_a_cancelled_task_leaks_nothing(
         async with session_of(router) as session:
             for delay in (0.0, 0.001, 0.01, 0.1, 0.3):
                 # a cancel that overtakes its query is lost, so what is cancelled early is short
-                statement = slow(20 if delay > 0.1 else 0.05)
+                statement = slow(20 if delay >= 0.1 else 0.05)
                 task = asyncio.create_task(session.execute(statement))
                 await asyncio.sleep(delay)
                 task.cancel()
