@@ -24,7 +24,7 @@ test: $(VENV)/.installed
 # the tests that need servers, on another PostgreSQL: make test-pg15 PG15=/path/to/bin
 PG15 ?= /usr/lib/postgresql/15/bin
 test-pg15: $(VENV)/.installed
-	$(BIN)/python -m pytest -m servers --sqlroute-pg-bin $(PG15)
+	$(BIN)/python -m pytest -m servers --sqlroute-pg-bin=$(PG15)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -25,9 +25,9 @@ from sqlroute.errors import InDoubtCommit, TopologyError
 from sqlroute.routing.affinity import parse_lsn
 
 GROUP = "sqlroute.group"
-COMMIT_WITH_LSN = """COMMIT; SELECT CASE WHEN pg_is_in_recovery() THEN NULL
-WHEN current_setting('synchronous_commit') = 'off' THEN pg_current_wal_insert_lsn()
-ELSE pg_current_wal_flush_lsn() END"""
+COMMIT_WITH_LSN = """SELECT current_setting('synchronous_commit'); COMMIT; SELECT
+CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END,
+CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn() END"""
 GID_PREFIX = "sqlroute:"
 
 _IDLE, _FAILED, _UNKNOWN = 0, 3, 4  # libpq's PGTransactionStatusType
@@ -175,7 +175,7 @@ class CommitGroup:
                 if getattr(error, "sqlstate", None) != _GONE:
                     unfinished.append(f"{shard} ({str(error).splitlines()[0]})")
                     continue
-                lsn = _position(connection, _ask(connection), skip=0)  # recovery was faster
+                lsn = _ask(connection)  # recovery was faster
             if lsn is not None:
                 self.lsns[shard] = lsn
         if unfinished:
@@ -194,11 +194,20 @@ class CommitGroup:
 
 
 def commit_with_lsn(connection: Any) -> int | None:
-    """Commit and return the flush LSN, ``None`` when nothing was sent or it is a standby."""
+    """Commit and return its LSN, ``None`` when nothing was sent or it is a standby.
+
+    The setting is asked inside the transaction: ``SET LOCAL`` ends with it.
+    """
     driver = connection.driver_connection
-    if driver.pgconn.transaction_status == 0:  # idle: psycopg never sent a BEGIN
+    if driver.pgconn.transaction_status == _IDLE:  # psycopg never sent a BEGIN
         return None
-    return _position(connection, _run(connection, COMMIT_WITH_LSN))
+    cursor = _run(connection, COMMIT_WITH_LSN)
+    (setting,) = _row(connection, cursor)
+    cursor.nextset()  # of the COMMIT
+    cursor.nextset()
+    flushed, inserted = _row(connection, cursor)
+    position = inserted if setting == "off" else flushed
+    return None if position is None else parse_lsn(position)
 
 
 def _outside(connection: Any, command: str) -> int | None:
@@ -206,14 +215,15 @@ def _outside(connection: Any, command: str) -> int | None:
     _autocommit(connection, True)
     try:
         _run(connection, command)
-        return _position(connection, _ask(connection), skip=0)
+        return _ask(connection)
     finally:
         if not is_lost(connection):
             _autocommit(connection, False)
 
 
-def _ask(connection: Any) -> Any:
-    return _run(connection, "SELECT pg_current_wal_flush_lsn()")
+def _ask(connection: Any) -> int:
+    (position,) = _row(connection, _run(connection, "SELECT pg_current_wal_flush_lsn()"))
+    return parse_lsn(position)
 
 
 def _run(connection: Any, command: str) -> Any:
@@ -223,12 +233,9 @@ def _run(connection: Any, command: str) -> Any:
     return await_only(found) if _is_async(connection) else found
 
 
-def _position(connection: Any, cursor: Any, skip: int = 1) -> int | None:
-    for _ in range(skip):
-        cursor.nextset()
+def _row(connection: Any, cursor: Any) -> Any:
     found = cursor.fetchone()
-    row = await_only(found) if _is_async(connection) else found
-    return parse_lsn(row[0]) if row is not None and row[0] is not None else None
+    return await_only(found) if _is_async(connection) else found
 
 
 def _autocommit(connection: Any, value: bool) -> None:

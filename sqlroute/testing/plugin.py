@@ -9,8 +9,9 @@ psycopg nor the launcher before a fixture is used.
 ``sqlroute_single``           session one plain server, the judge that holds all the data
 ========================== ======= ==============================================================
 
-``--sqlroute-pg-bin DIR``, the environment variable ``SQLROUTE_PG_BIN`` or the ini option
-``sqlroute_pg_bin``, in this order, choose the PostgreSQL.
+``--sqlroute-pg-bin=DIR`` (with the equals sign: pytest takes a bare path for its root), the
+environment variable ``SQLROUTE_PG_BIN`` or the ini option ``sqlroute_pg_bin``, in this order,
+choose the PostgreSQL.
 """
 
 from __future__ import annotations

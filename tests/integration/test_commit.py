@@ -28,7 +28,7 @@ STEPS = (
     ("before", "PREPARE TRANSACTION"),
     ("after", "PREPARE TRANSACTION"),
     ("after", "INSERT INTO sqlroute.commit_record"),
-    ("after", "COMMIT; SELECT"),
+    ("after", "SELECT current_setting"),
     ("after", "COMMIT PREPARED"),
 )
 COUNT = "SELECT count(*) FROM customer"
@@ -176,7 +176,7 @@ class TestAtomicity:
         """The deciding COMMIT was sent and its answer lost: in doubt, and recovery knows."""
         session.add_all(one_each(shop))
         session.flush()
-        interrupt(monkeypatch, "COMMIT; SELECT", _terminate(shop, "s0"))
+        interrupt(monkeypatch, "SELECT current_setting", _terminate(shop, "s0"))
         with pytest.raises(InDoubtCommit, match="recover"):
             session.commit()
         session.rollback()

@@ -22,6 +22,7 @@ from sqlroute.errors import (
     UnknownName,
     UnownedBucket,
 )
+from sqlroute.routing.affinity import parse_lsn
 from sqlroute.topology import ShardMap
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
@@ -391,6 +392,22 @@ class TestOwnWrites:
             writer.commit()
             assert reader.scalar(select(func.pg_is_in_recovery()).select_from(Country)) is None
             assert reader.scalar(select(Customer.name).where(Customer.id == zero)) is None
+
+    def test_token_covers_a_commit_that_is_not_flushed_yet(
+        self, shop: Shop, router: Router
+    ) -> None:
+        """With synchronous_commit = off the flush position may be before the own commit."""
+        (key,) = shop.keys("s0")
+        shop.add(Customer(id=key, name="flushed"))
+        with router.sessionmaker()() as session:
+            connection = session.connection(bind_arguments={"shard": "s0"})
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+            session.execute(sa.update(Customer).where(Customer.id == key).values(name="unflushed"))
+            before = connection.exec_driver_sql("SELECT pg_current_wal_insert_lsn()").scalar_one()
+            session.commit()
+            (token,) = session.tokens
+
+        assert token.lsn > parse_lsn(before)
 
 
 class TestObjects:

@@ -131,6 +131,12 @@ class TestShardMap:
         with pytest.raises(UnownedBucket, match=r"bucket 1 of keyspace shop .* epoch 3"):
             hole.owner(1)
 
+    def test_a_map_with_gaps_is_not_all_shards(self) -> None:
+        """A scatter over it would pass for the whole table and not be it."""
+        self.even.check_complete()
+        with pytest.raises(UnownedBucket, match="bucket 1"):
+            ShardMap("shop", ("s0", ""), 3).check_complete()
+
     def test_equal_maps_are_equal(self) -> None:
         assert ShardMap.even(SHOP) == self.even
         assert self.even.moved(0, "s0") != self.even
