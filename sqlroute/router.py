@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.errors import NoPrimary, ShardMapUnavailable, UnknownName
-from sqlroute.health import Health, Role
+from sqlroute.health import Health, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import has_replayed
 from sqlroute.routing.declare import declaration, shard_key
@@ -74,6 +74,7 @@ class Router:
             topology,
             interval=self.policy.probe_interval,
             deadline=self.policy.probe_deadline,
+            on_health=self._health_changed,
             on_down=self._node_down,
         )
         self._maps: Mapping[str, ShardMap] = MappingProxyType({})
@@ -383,11 +384,17 @@ class Router:
             maps = {name: found for name, found in self._maps.items() if name != keyspace}
             self._maps = MappingProxyType(maps)
 
+    def _health_changed(self, old: Health, new: Health) -> None:
+        """Have the pooled connections of a node that went down replaced before they are used."""
+        for name, node in new.nodes.items():
+            before = old.nodes.get(name)
+            if node.state is State.DOWN and (before is None or before.state is not State.DOWN):
+                for engines in self._engines.values():
+                    engines.expire(name)
+
     def _node_down(self, node: str) -> None:
-        count = 0
-        for engines in self._engines.values():
-            engines.expire(node)
-            count += engines.cut_reads(node)
+        """Cut the reads that wait for a node that hangs: they go on elsewhere."""
+        count = sum(engines.cut_reads(node) for engines in self._engines.values())
         if count:
             log.warning("node %s is down: cut %d read(s) that waited for it", node, count)
 
