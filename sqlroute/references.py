@@ -51,7 +51,7 @@ def write_everywhere(
     rows = [tuple(row) for row in result]
     (_delete if is_delete else _put)(table, rows, others)
     if not isinstance(result, CursorResult):  # the ORM's, which has none for RETURNING
-        result.rowcount = len(rows)  # type: ignore[attr-defined]
+        result.rowcount = len(rows)  # type: ignore[attr-defined]  # made here
     return result
 
 

@@ -175,6 +175,7 @@ class RoutingMixin(_Base):
         if not self._is_sharded or self._is_clean():
             super().flush(*arguments)
             return
+        # a method where SQLAlchemy declares a protocol with more optional arguments
         self.connection_callable = self._connection_of  # type: ignore[assignment]
         try:
             super().flush(*arguments)

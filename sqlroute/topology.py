@@ -48,8 +48,8 @@ class Node:
         name: unique in the topology, ``shard-host:port`` unless the URL names one (``?name=``).
         host, port, database, user: where and as whom to connect; empty means libpq's default.
         password: kept out of every output.
-        zone: where the node stands, for zone-aware choosing; empty if not said.
-        weight: relative share of reads, 0 means no reads.
+        zone: where the node stands; empty if not said. Shown, not used for choosing yet.
+        weight: 0 means no reads. Other values do not change the share of reads yet.
         options: further libpq parameters (``sslmode``, ``passfile``, ``service``...).
     """
 

@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the name of the program; ``None`` for those of the process.
     """
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
+        import rich  # noqa: F401 - is it there?
+        import typer  # noqa: F401 - is it there?
     except ImportError as exc:
         sys.stderr.write(f"error: the command line needs {exc.name}; install sqlroute[cli]\n")
         return FAILED

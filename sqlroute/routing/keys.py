@@ -170,4 +170,4 @@ def reference_dialect() -> Dialect:
     """Return the dialect that statements are described with; it never connects."""
     from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-    return PGDialect_psycopg()  # type: ignore[no-untyped-call]
+    return PGDialect_psycopg()  # type: ignore[no-untyped-call]  # not annotated

@@ -90,7 +90,7 @@ class _Opaque(ColumnElement[Any]):
     """An expression of which nothing is known but the subqueries in it."""
 
     inherit_cache = False
-    _traverse_internals = [("parts", InternalTraversal.dp_clauseelement_list)]  # noqa: RUF012
+    _traverse_internals = [("parts", InternalTraversal.dp_clauseelement_list)]  # noqa: RUF012 - SQLAlchemy's
 
     def __init__(self, parts: Iterable[Any] = ()) -> None:
         self.parts = list(parts)

@@ -51,6 +51,7 @@ def _set_autocommit(connection: Any, value: bool) -> None:
         await_only(found)
 
 
+# "type: ignore" below: the dialects of SQLAlchemy are not annotated
 class _Doors(PGDialect_psycopg):
     supports_statement_cache = True
 

@@ -415,3 +415,15 @@ def test_ordinary_tables_are_said_to_be_taken_for_reference_tables() -> None:
     reasons = described("SELECT * FROM airlines").statement.reasons
 
     assert "ordinary tables are taken for reference tables: airlines" in reasons
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1", "SELECT now()", "SELECT (SELECT 1)"])
+def test_a_read_of_no_table_runs_anywhere(sql: str) -> None:
+    """As the same statement of SQLAlchemy's does: the plan does not refuse what is proved."""
+    assert planned(sql).tier is Tier.SINGLE
+
+
+def test_an_unknown_function_of_no_table_is_refused() -> None:
+    """Nothing says on which shard it would do what it does."""
+    with pytest.raises(CrossShardRefused):
+        planned("SELECT do_something()")
