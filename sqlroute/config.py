@@ -65,6 +65,7 @@ _DEFAULTS = Policy()
 _VARIABLE = re.compile(r"\$\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}|(?P<bad>))")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 _NAME = re.compile(r"[\w.-]{1,63}")
+_FUNCTION = re.compile(r"[a-z_][a-z0-9_$]*(\.[a-z_][a-z0-9_$]*)?")
 _NAME_RULE = "a name has 1 to 63 letters, digits, '_', '-' or '.'"
 _ONE_HOST = "must have one host, as name, address, or [IPv6 address], then :port"
 _NODE_NAME = re.compile(r"[^\s@]{1,255}")
@@ -142,6 +143,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         field.name: getattr(settings.policy, field.name)
         for field in dataclasses.fields(settings.policy)
     }
+    policy |= {name: list(value) for name, value in policy.items() if isinstance(value, tuple)}
     return {
         "path": None if settings.path is None else str(settings.path),
         "policy": {**policy, "consistency": settings.policy.consistency.value},
@@ -271,6 +273,19 @@ def _whole(value: object) -> object:
     return value
 
 
+def _listed(value: object) -> object:
+    """Return a list written as one text, as environment variables are: ``a, b``."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _function_name(value: str) -> str:
+    if _FUNCTION.fullmatch(value) is None:
+        raise PydanticCustomError(
+            "rule", 'is no name of a function; write "name" or "schema.name", in lower case'
+        )
+    return value
+
+
 def _power_of_two(value: int) -> int:
     if not (1 <= value <= 65_536 and value & (value - 1) == 0):
         raise PydanticCustomError("rule", "must be a power of two, 1 to 65536")
@@ -280,6 +295,9 @@ def _power_of_two(value: int) -> int:
 _Seconds = Annotated[float, BeforeValidator(_seconds)]
 _SomeSeconds = Annotated[_Seconds, AfterValidator(_more_than_nothing)]
 _Whole = Annotated[int, BeforeValidator(_whole)]
+_Functions = Annotated[
+    tuple[Annotated[str, AfterValidator(_function_name)], ...], BeforeValidator(_listed)
+]
 
 
 class _Table(BaseModel):
@@ -292,13 +310,15 @@ class _PolicyTable(_Table):
     probe_interval: _SomeSeconds = _DEFAULTS.probe_interval
     probe_deadline: _SomeSeconds = _DEFAULTS.probe_deadline
     map_lease: _SomeSeconds = _DEFAULTS.map_lease
-    token_wait: _Seconds = _DEFAULTS.token_wait
+    token_wait: _Seconds | None = _DEFAULTS.token_wait
     scatter_timeout: _SomeSeconds = _DEFAULTS.scatter_timeout
     primary_fallback: bool = _DEFAULTS.primary_fallback
     pool_size: Annotated[_Whole, Field(ge=1)] = _DEFAULTS.pool_size
     max_overflow: Annotated[_Whole, Field(ge=-1)] = _DEFAULTS.max_overflow
     pool_timeout: _Seconds = _DEFAULTS.pool_timeout
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
+    allow_functions: _Functions = _DEFAULTS.allow_functions
+    deny_functions: _Functions = _DEFAULTS.deny_functions
 
 
 class _ShardTable(_Table):
@@ -406,7 +426,7 @@ def _explained(error: ErrorDetails, shown: str) -> str:
             return f"must be a text, not {_kind(error['input'])}"
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"must be a table, not {_kind(error['input'])}"
-        case "list_type":
+        case "list_type" | "tuple_type":
             return f"must be a list, not {_kind(error['input'])}"
         case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
             return f"{value}must be a whole number"

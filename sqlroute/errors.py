@@ -11,12 +11,19 @@
          │   ├─ MissingShardKey         a write needs the shard key and has none
          │   ├─ InvalidShardKey         a key of a type that has no bucket
          │   ├─ UnownedBucket           the key's bucket has no shard in the map
-         │   └─ UndeclaredTable         neither sharded nor a reference table, on many shards
+         │   ├─ UndeclaredTable         neither sharded nor a reference table, on many shards
+         │   ├─ ReadOnlyRefused         a write, where only reads were declared
+         │   └─ SettingRefused          a setting that sessions may not carry
+         ├─ TokenError
+         │   ├─ InvalidToken            the text is no token
+         │   ├─ ForeignToken            a token of other servers
+         │   └─ LostTimeline            what the token has seen was lost in a failover
          ├─ TopologyError
          │   ├─ NoEligibleNode          no node may take the statement; says which and why
          │   ├─ NoPrimary               no node of the shard is a primary now (retryable)
          │   └─ ShardMapUnavailable     no shard map, or its lease could not be confirmed
          ├─ StaleShardMap               the database refused a row: its bucket moved (retryable)
+         ├─ StaleObjectRead             a replica's object whose row is another now (retryable)
          ├─ DeadlineExceeded            a scatter outlived its deadline; names the shards
          ├─ InDoubtCommit               a two-phase commit whose second phase is unfinished
          ├─ LocalTopologyError          the local topology cannot be started, or is not there
@@ -28,7 +35,10 @@ running the whole unit of work again may succeed without any change to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm.exc import StaleDataError
 
 
 class SQLRouteError(SQLAlchemyError):
@@ -85,6 +95,42 @@ class UndeclaredTable(PlanError):
     """A table of a keyspace with several shards that is neither sharded nor a reference table."""
 
 
+class ReadOnlyRefused(PlanError):
+    """A write, or what cannot be proved to be none, where only reads were declared."""
+
+
+class SettingRefused(PlanError):
+    """A setting that sessions may not carry: routing depends on it, or its name is none."""
+
+
+class TokenError(SQLRouteError):
+    """A token that cannot be followed."""
+
+
+class InvalidToken(TokenError):
+    """The text is no token: it was cut, changed or made by something else."""
+
+
+class ForeignToken(TokenError):
+    """The token was made for other servers: an unknown shard, or another cluster."""
+
+
+class LostTimeline(TokenError):
+    """What the token has seen was lost: a failover promoted a node that had not received it.
+
+    Attributes:
+        shard: its name.
+        timeline: the lost timeline.
+        fork: the LSN up to which it was kept, in bytes.
+    """
+
+    def __init__(self, message: str, *, shard: str, timeline: int, fork: int) -> None:
+        self.shard = shard
+        self.timeline = timeline
+        self.fork = fork
+        super().__init__(message)
+
+
 class TopologyError(SQLRouteError):
     """The servers, as they are now, cannot serve the statement."""
 
@@ -119,6 +165,36 @@ class StaleShardMap(SQLRouteError):
     """A shard refused a row whose bucket it does not own: the map in use was old."""
 
     retryable = True
+
+
+class StaleObjectRead(SQLRouteError, StaleDataError):
+    """Objects loaded from a replica were to be written, but their rows are others by now.
+
+    Also a ``sqlalchemy.orm.exc.StaleDataError``, for code that handles that one already. The values
+    are not named: they may be private.
+
+    Attributes:
+        objects: for each its class, primary key and the attributes that differ; no attribute where
+            the row is gone.
+    """
+
+    retryable = True
+
+    def __init__(self, objects: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...]) -> None:
+        self.objects = objects
+        name, identity, columns = objects[0]
+        found = f"{', '.join(columns)} changed" if columns else "its row was deleted"
+        others = len(objects) - 1
+        more = f" (and {others} more object{'s' * (others > 1)})" if others else ""
+        key = ", ".join(map(repr, identity))
+        super().__init__(
+            f"{name}({key}) was read from a replica and is not the primary's row: {found}{more}; "
+            'roll back and run the unit of work again, with consistency="strong" where it must '
+            "not meet this"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.objects,)
 
 
 class DeadlineExceeded(SQLRouteError):

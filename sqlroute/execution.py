@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ from sqlroute.results import merged
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described
+from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
 from sqlroute.runtime.scatter import scatter, scatter_async
+from sqlroute.stale import before_load, buffering, mark
 
 if TYPE_CHECKING:
     from sqlroute.routing.rewrite import Rewritten
@@ -35,10 +37,16 @@ log = logging.getLogger("sqlroute.session")
 BIND = "_sqlroute_bind"
 """Key of ``bind_arguments`` under which a plan hands its engine or connection to ``get_bind``."""
 
-OPTIONS = frozenset({"sqlroute_shard"})
+OPTIONS = frozenset({"sqlroute_consistency", "sqlroute_role", "sqlroute_shard"})
 """Execution options of sqlroute; another ``sqlroute_...`` is a mistake and refused."""
 
 _READ = Kind.READ.value
+
+NOT_ON_A_STANDBY = frozenset({"25006", "0A000", "55000"})
+"""SQLSTATEs of what a server in recovery refuses, and a primary may not.
+
+A write; an unlogged table, of which it has no rows; a function of primaries.
+"""
 
 RETRIED = frozenset({"57P01", "57P02", "57P03", "40001", "40P01"})
 """SQLSTATEs after which a read outside a transaction is tried on another node."""
@@ -67,23 +75,35 @@ class Call:
     scalar: bool = False
 
     def run(
-        self, bind: Any, *, statement: Any = None, token: str | None = None, scalar: bool = False
+        self,
+        bind: Any,
+        *,
+        statement: Any = None,
+        token: str | None = None,
+        scalar: bool = False,
+        stale: bool = False,
     ) -> Any:
         """Execute on an engine (in the transaction) or a connection.
 
         Args:
             statement: instead of the call's own.
             token: identity token of the objects that are loaded.
+            stale: a replica answers, with objects.
         """
-        local = self.local
-        return self.go_on(
+        local, buffered = buffering(self.local) if stale else (self.local, False)
+        result = self.go_on(
             self.statement if statement is None else statement,
             self.parameters,
             execution_options=local if token is None else {**local, **self._token(token)},
             bind_arguments={**self.bind_arguments, BIND: bind},
             _parent_execute_state=self.parent,
-            _scalar_result=scalar,
+            _scalar_result=scalar and not stale,
         )
+        if not stale:
+            return result
+        mark(result, buffered=buffered)
+        self.session._stale.meet()
+        return result.scalar() if scalar else result
 
     def _token(self, shard: str) -> Mapping[str, Any]:
         """Return the options that give loaded objects their shard, those of RETURNING too."""
@@ -106,6 +126,7 @@ def execute(call: Call) -> Any:
         TopologyError: no node can take it now.
     """
     session = call.session
+    before_load(call.local)
     _flush_first(call)
     described = session._router.planner.describe(call.statement, call.parameters)
     options = call.options
@@ -134,29 +155,49 @@ def plan(
     exclude: frozenset[str] = frozenset(),
 ) -> tuple[Plan, list[dict[str, Any]] | None]:
     """Return the plan, and for an INSERT by rows its parameters with keys filled in."""
-    for name in options:
-        if name[:9] == "sqlroute_" and name not in OPTIONS:
-            raise UnknownName(
-                f"unknown execution option {name}; known: {', '.join(sorted(OPTIONS))}"
-            )
-    affinity = session._affinity
-    if session._writing or (session.twophase and _is_streaming(options)):
-        affinity = affinity.begun()  # a replica that streams could not be prepared
-    shard = options.get("sqlroute_shard")
+    demand = _demanded(session, options) if options else session._demand
     insert, keys, filled = described.shape.statement.insert, None, None
     if (
         insert is not None
-        and shard is None
+        and demand.shard is None
         and described.shape.statement.keyspace.is_sharded
         and isinstance(declaration(insert), Sharded)
     ):
         filled, keys = keyed_rows(described.statement, described.parameters)
     found = session._router.plan(
-        described, affinity, session._routes, keys=keys, shard=shard, exclude=exclude
+        described, session._affinity, session._routes, demand=demand, keys=keys, exclude=exclude
     )
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s", found)
     return found, filled
+
+
+def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
+    """Return what the session and the execution options ask for.
+
+    Raises:
+        UnknownName: an option, or the value of one, that nobody knows.
+    """
+    demand = session._demand
+    for name, value in options.items():
+        if name == "isolation_level":
+            if str(value).upper() in ("REPEATABLE READ", "SERIALIZABLE"):
+                demand = replace(demand, snapshot=str(value).upper())
+        elif name[:9] != "sqlroute_":
+            continue
+        elif name == "sqlroute_shard":
+            demand = replace(demand, shard=value)
+        elif name == "sqlroute_consistency":
+            demand = replace(demand, consistency=consistency_named(value))
+        elif name == "sqlroute_role":
+            demand = replace(demand, role=role_named(value))
+        else:
+            raise UnknownName(
+                f"unknown execution option {name}; known: {', '.join(sorted(OPTIONS))}"
+            )
+    if session.twophase and _is_streaming(options):  # a replica could not be prepared
+        return replace(demand, intent=Intent.WRITING)
+    return demand
 
 
 def merge_of(session: RoutingMixin, described: Described, found: Plan) -> tuple[Rewritten, Plan]:
@@ -175,12 +216,18 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
     token = target.shard if found.epoch and described.shape.reads_entities else None
     if not target.in_transaction and not call.is_streaming:
         return _read(call, described, target, token, scalar=call.scalar)
-    engine = call.session._routes.engine(target.node)
+    session = call.session
+    engine = session._routes.engine(target.node)
     if not target.in_transaction:
-        call.session._streaming |= {target.node}
+        session._streaming |= {target.node}
+        session._affinity = session._affinity.reading(target.shard, target.node)
     if found.kind == _READ:
-        return call.run(engine, token=token, scalar=call.scalar)
-    return _write(call, target, token=token, scalar=call.scalar)
+        stale = _is_stale_load(described, target)
+        return call.run(engine, token=token, scalar=call.scalar, stale=stale)
+    result = _write(call, target, token=token, scalar=call.scalar)
+    if described.shape.statement.sets:
+        session._affinity = session._affinity.set_by_hand(target.shard)
+    return result
 
 
 def _write(call: Call, target: Target, *, token: str | None, scalar: bool = False) -> Any:
@@ -205,24 +252,56 @@ def _read(
     exclude: frozenset[str] = frozenset()
     while True:
         try:
-            with session._routes.reading(target.node) as connection:
-                result = call.run(connection, statement=statement, token=token, scalar=scalar)
+            with session._routes.reading(target.node, session._settings) as connection:
+                result = call.run(
+                    connection,
+                    statement=statement,
+                    token=token,
+                    scalar=scalar,
+                    stale=_is_stale_load(described, target),
+                )
         except sa_exc.DBAPIError as error:
+            if statement is None and _is_refused_write(error, target):
+                return _on_primary(call, described, target, token, error)
             if not _may_be_retried(error):
                 raise
             exclude |= {target.node}
             log.info("read failed on %s, trying another node: %s", target.node, error.orig)
-            named = {"sqlroute_shard": shard} if session._is_sharded else {}
+            options = {**call.options, "sqlroute_shard": shard}
             try:
-                target = plan(session, described, named, exclude)[0].target
+                target = plan(session, described, options, exclude)[0].target
             except SQLRouteError as none_left:
                 raise none_left from error
             if target.in_transaction:
                 raise
         else:
-            if not target.is_primary:
-                session._affinity = session._affinity.reading(shard, target.node)
+            session._affinity = session._affinity.reading(shard, target.node)
             return result
+
+
+def _on_primary(
+    call: Call, described: Described, refused: Target, token: str | None, error: sa_exc.DBAPIError
+) -> Any:
+    """Run what a replica has refused as a write on the primary, in the transaction.
+
+    A stable function may call a volatile one; from now on the shape is taken for what it is.
+
+    Raises:
+        ReadOnlyRefused: only reads were declared.
+    """
+    session, shape = call.session, described.shape
+    reason = f"{refused.node} refused it as a write"
+    log.info("%s, running it on the primary: %s", reason, error.orig)
+    shape.statement = replace(shape.statement, kind=Kind.UNKNOWN, reasons=(reason,))
+    shape.plans.clear()
+    session._router.refused_writes += 1
+    try:
+        target = session._router.primary_of(
+            refused.shard, session._affinity, session._routes, session._demand
+        )
+    except SQLRouteError as cannot:
+        raise cannot from error
+    return _write(call, target, token=token, scalar=call.scalar)
 
 
 def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
@@ -251,8 +330,8 @@ def _work(call: Call, described: Described, target: Target, statement: Any) -> C
     """
     if not target.in_transaction:
         return lambda: _read(call, described, target, target.shard, statement=statement)
-    connection = call.session._enlisted(target)
-    return lambda: call.run(connection, statement=statement, token=target.shard)
+    connection, stale = call.session._enlisted(target), _is_stale_load(described, target)
+    return lambda: call.run(connection, statement=statement, token=target.shard, stale=stale)
 
 
 def _split(call: Call, found: Plan) -> Result[Any]:
@@ -322,8 +401,17 @@ def _home(options: Mapping[str, Any]) -> str | None:
     return token
 
 
+def _is_stale_load(described: Described, target: Target) -> bool:
+    """Say if objects come from a replica, and must be checked before they are written."""
+    return not target.is_primary and described.shape.reads_entities
+
+
 def _is_streaming(options: Mapping[str, Any]) -> bool:
     return bool(options.get("yield_per") or options.get("stream_results"))
+
+
+def _is_refused_write(error: sa_exc.DBAPIError, target: Target) -> bool:
+    return not target.is_primary and getattr(error.orig, "sqlstate", None) in NOT_ON_A_STANDBY
 
 
 def _may_be_retried(error: sa_exc.DBAPIError) -> bool:

@@ -20,24 +20,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.sql.schema import MetaData, Table
 
-from sqlroute.errors import NoPrimary, ShardMapUnavailable, UnknownName
+from sqlroute.catalog.functions import FunctionReader
+from sqlroute.errors import NoEligibleNode, NoPrimary, ShardMapUnavailable, UnknownName
 from sqlroute.health import Health, Role, State
 from sqlroute.routing.affinity import Affinity
-from sqlroute.routing.balancing import has_replayed
+from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
+from sqlroute.routing.functions import known
 from sqlroute.routing.plan import Plan, Target
-from sqlroute.routing.planner import (
-    Described,
-    Planner,
-    Situation,
-    Unproven,
-    map_of,
-    plan,
-    plan_rows,
-    primary_target,
-)
-from sqlroute.routing.policy import Policy
+from sqlroute.routing.planner import Described, OldMap, Planner, map_of, plan, plan_rows
+from sqlroute.routing.policy import AUTOMATIC, Consistency, Demand, Policy
 from sqlroute.routing.rows import bucket_of_key
+from sqlroute.routing.target import (
+    History,
+    Question,
+    Situation,
+    UnknownHistory,
+    Unproven,
+    bind_target,
+)
+from sqlroute.routing.token import Position
 from sqlroute.runtime.engines import Engines
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger("sqlroute.router")
 
+READ_ONLY = "25006"
+"""SQLSTATE of a write that a server in recovery, or a read-only transaction, refuses."""
+
 SCATTER_THREADS = 64
 """Statements that sync sessions may have under way in scatters; more wait for a thread."""
 
@@ -62,12 +67,17 @@ class Router:
     Args:
         topology: the servers.
         policy: the rules of choosing.
+
+    Attributes:
+        refused_writes: how many statements a replica has refused as writes; they were run again on
+            the primary. Each is a read by all that could be proved, and none in fact.
     """
 
     def __init__(self, topology: Topology, policy: Policy | None = None) -> None:
         self.topology = topology
         self.policy = policy or Policy()
-        self.planner = Planner(topology)
+        self.planner = Planner(topology, known(self.policy))
+        self._functions = FunctionReader(self.policy.connect_timeout)
         from sqlroute.runtime.monitor import Monitor  # asyncio and threads: not at import
 
         self.monitor: Monitor = Monitor(
@@ -78,9 +88,12 @@ class Router:
             on_down=self._node_down,
         )
         self._maps: Mapping[str, ShardMap] = MappingProxyType({})
+        self._histories: Mapping[str, History] = MappingProxyType({})
         self._lock = threading.Lock()
         self._starting = threading.Lock()
         self._rng = Random()
+        self.refused_writes = 0
+        self.demand = Demand(self.policy.consistency)
         self._threads: ThreadPoolExecutor | None = None
         self._pid = 0
         self._engines = {
@@ -140,47 +153,78 @@ class Router:
         affinity: Affinity,
         engines: Engines,
         *,
+        demand: Demand,
         keys: list[Any] | None = None,
-        shard: str | None = None,
         exclude: frozenset[str] = frozenset(),
     ) -> Plan:
         """Plan one execution, after the facts it needs were made sure of.
 
         Args:
+            demand: what the caller asks for.
             keys: the key of each row, for an INSERT into a sharded table.
-            shard: the shard that the caller named.
             exclude: nodes that just failed this statement.
 
         Raises:
             PlanError: it cannot be routed.
+            TokenError: what the session has seen is not there.
             TopologyError: no node can take it now.
         """
-        may_wait, asked = True, False
-        for _ in range(5):
-            situation = self._situation(affinity, engines, exclude, shard, may_wait)
+        situation = self.situation(affinity, engines, demand, exclude)
+        situation.may_wait, asked = True, False
+        shape = described.shape.statement
+        if shape.undecided and self.learn_functions(shape.keyspace, engines):
+            described.shape = self.planner.describe(described.statement, parameters=None).shape
+        for _ in range(8):
             try:
                 if keys is None:
                     found = plan(described, situation, self._rng)
                 else:
                     found = plan_rows(described, keys, situation, self._rng)
-            except Unproven as unproven:
-                may_wait = self._prove(unproven.shard, affinity, engines)
-                continue
             except NoPrimary as none:
                 if asked:
                     raise
                 asked = True  # a statement may have failed a moment ago: ask, all callers at once
                 blocking(engines, self.monitor.ask, none.shard, self.policy.probe_deadline)
-                continue
             except ShardMapUnavailable:
-                if self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
-                    continue
-                raise
-            if not found.epoch or self._confirmed(found, engines):
-                return found
+                if not self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
+                    raise
+            except (Question, OldMap) as question:
+                self._answer(question, situation, engines)
+            else:
+                if not found.epoch or self._confirmed(found, engines):
+                    return found
+            situation.health, situation.maps = self.monitor.health, self._maps
         raise ShardMapUnavailable(
-            f"the shard map changed while {', '.join(found.shards)} was planned; try again"
+            "the servers changed faster than the statement could be planned; try again"
         )
+
+    def learn_functions(self, keyspace: Keyspace, engines: Engines) -> bool:
+        """Read ``pg_proc`` of a keyspace, if it is time to; say whether it was read.
+
+        Meanwhile others go on with what is known: to the primary.
+        """
+        if not self._functions.claim(keyspace.name):
+            return False
+        found = blocking(engines, self._functions.read, keyspace, self.monitor.health)
+        if found is None:
+            return False
+        with self._lock:
+            self.planner.functions = self.planner.functions.learnt(keyspace.name, found)
+        return True
+
+    def _answer(self, question: Exception, situation: Situation, engines: Engines) -> None:
+        """Find out what planning needs to know, and put it into the situation."""
+        if isinstance(question, OldMap):
+            if not self._refresh(question.keyspace, engines, newer_than=question.epoch - 1):
+                raise ShardMapUnavailable(
+                    f"the session has seen epoch {question.epoch} of the shard map of "
+                    f"{question.keyspace.name}, and no node has a map as new"
+                )
+        elif isinstance(question, Unproven):
+            situation.may_wait = self._prove(question, situation, engines)
+        elif isinstance(question, UnknownHistory):
+            self._read_history(question.shard, engines)
+            situation.histories = self._histories
 
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that a new session would make for a statement, without running it.
@@ -192,14 +236,14 @@ class Router:
         with RoutingSession(router=self) as session:
             return session.explain(statement, parameters)
 
-    def _situation(
+    def situation(
         self,
         affinity: Affinity,
         engines: Engines,
+        demand: Demand = AUTOMATIC,
         exclude: frozenset[str] = frozenset(),
-        shard: str | None = None,
-        may_wait: bool = False,
     ) -> Situation:
+        """Return what is known now."""
         return Situation(
             self.topology,
             self.policy,
@@ -207,14 +251,10 @@ class Router:
             self._maps,
             affinity,
             engines.loads,
+            demand,
             exclude,
-            shard,
-            may_wait,
+            histories=self._histories,
         )
-
-    def situation(self, affinity: Affinity, engines: Engines) -> Situation:
-        """Return what is known now, for a write that no statement describes."""
-        return self._situation(affinity, engines)
 
     def health(self, engines: Engines | None = None) -> Health:
         """Return the newest health; the first call in a process waits for the first look at all."""
@@ -235,18 +275,87 @@ class Router:
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
             self._pid = os.getpid()
 
-    def _prove(self, shard: str, affinity: Affinity, engines: Engines) -> bool:
-        """Wait shortly for a replica that has replayed the session's token; say if to ask again."""
-        token = affinity.of(shard).token
-        assert token is not None
-        deadline = time.monotonic() + self.policy.token_wait
+    def _prove(self, question: Unproven, situation: Situation, engines: Engines) -> bool:
+        """Ask the replicas of a shard until one has replayed what the session has seen.
+
+        Not longer than the question is worth. Says whether one has.
+        """
+        shard = question.shard
+        tie = situation.affinity.of(shard)
+        began = time.monotonic()
+        deadline = began + question.patience
         while True:
-            left = max(deadline - time.monotonic(), 0.0)
-            health = blocking(engines, self.monitor.ask, shard, max(left, 0.005))
-            if any(has_replayed(node, token) for node in health.replicas(shard)):
+            left = max(deadline - time.monotonic(), 0.005)
+            health = blocking(engines, self.monitor.ask, shard, left)
+            floor = situation.floors.get(shard)
+            if tie.node is not None and floor is None:
+                floor = floor_of(shard, health, tie.node, began, situation.exclude)
+                if floor is not None:
+                    situation.floors = {**situation.floors, shard: floor}
+            if candidates(
+                shard,
+                health,
+                self.topology,
+                self.policy,
+                Consistency.SESSION,
+                Required(tie.token, tie.node, floor),
+                situation.exclude,
+            ).fresh:
                 return True
             if time.monotonic() >= deadline:
                 return False
+
+    def observed(self, affinity: Affinity, engines: Engines) -> Affinity:
+        """Return the affinity with a position for all that the session has read.
+
+        Asks the shards whose last read has shown more than is known.
+
+        Raises:
+            NoEligibleNode: neither the node of that read nor the primary answers.
+        """
+        for shard, tie in affinity.shards.items():
+            if tie.node is None:
+                continue
+            began = time.monotonic()
+            floor = None
+            while floor is None:
+                health = blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
+                floor = floor_of(shard, health, tie.node, began, frozenset())
+                if floor is None and time.monotonic() > began + self.policy.probe_deadline:
+                    raise NoEligibleNode(
+                        f"the session has read from {tie.node}, which does not answer now, nor "
+                        f"does the primary of shard {shard}: nobody knows how much it has seen; "
+                        "try again"
+                    )
+            affinity = affinity.seen(self.position(shard, floor.timeline, floor.lsn))
+        return affinity
+
+    def position(self, shard: str, timeline: int, lsn: int) -> Position:
+        """Return a position of a shard as it is known now."""
+        cluster = self.monitor.health.shard(shard).system_identifier
+        return Position(shard, self.epoch_of(shard), timeline, lsn, cluster)
+
+    def _read_history(self, shard: str, engines: Engines) -> None:
+        """Read where the timelines of a shard ended, from a node on its newest one."""
+        from sqlroute.catalog.history import read_history
+
+        health = self.monitor.health
+        newest = health.shard(shard).highest_timeline
+        nodes = [
+            self.topology.node(node.node)
+            for node in health.members(shard)
+            if node.is_readable and node.timeline == newest
+        ]
+        ends = blocking(engines, read_history, nodes, newest, self.policy.connect_timeout)
+        if ends is None:
+            raise NoPrimary(
+                f"no node on timeline {newest} of shard {shard} answers, so nobody knows what was "
+                "kept of the earlier ones; try again",
+                shard,
+            )
+        with self._lock:
+            found = History(newest, ends)
+            self._histories = MappingProxyType({**self._histories, shard: found})
 
     def _confirmed(self, found: Plan, engines: Engines) -> bool:
         """See to the lease: each shard of a plan must have confirmed the map it was made by."""
@@ -316,7 +425,7 @@ class Router:
         if found is None:
             self.health(engines)
             self._refresh(keyspace, engines, newer_than=0)
-            found = map_of(self._situation(Affinity(), engines), keyspace)
+            found = map_of(self.situation(Affinity(), engines), keyspace)
         return found
 
     def epoch_of(self, shard: str) -> int:
@@ -352,17 +461,32 @@ class Router:
         engines = self._engines[False]
         return engines.engine(self.primary_of(shard, Affinity(), engines).node)
 
-    def primary_of(self, shard: str, affinity: Affinity, engines: Engines) -> Target:
-        """Return the primary of a shard, for a write that no statement describes.
+    def primary_of(
+        self, shard: str, affinity: Affinity, engines: Engines, demand: Demand = AUTOMATIC
+    ) -> Target:
+        """Return where goes what no statement describes: the primary of a shard.
+
+        In a read-only transaction it is the node that serves that.
 
         Raises:
+            ReadOnlyRefused: only reads were declared.
+            TokenError: what the session has seen is not there.
             NoPrimary: none is known, and asking all its nodes found none.
         """
-        try:
-            return primary_target(shard, self._situation(affinity, engines))
-        except NoPrimary:
-            blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
-            return primary_target(shard, self._situation(affinity, engines))
+        asked = False
+        situation = self.situation(affinity, engines, demand)
+        situation.may_wait = affinity.read_only
+        while True:
+            try:
+                return bind_target(shard, situation, self._rng)
+            except NoPrimary:
+                if asked:
+                    raise
+                asked = True
+                blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
+            except Question as question:
+                self._answer(question, situation, engines)
+            situation.health = self.monitor.health
 
     def threads(self) -> ThreadPoolExecutor:
         """Return the threads that wait for servers in scatters of sync sessions."""
@@ -374,8 +498,14 @@ class Router:
 
     _threads_pid = 0
 
-    def _node_failed(self, node: str, error: BaseException) -> None:
+    def _node_failed(self, node: str, error: BaseException) -> bool:
+        """Note that a node failed; not a replica that refuses to write, as it should."""
+        if getattr(error, "sqlstate", None) == READ_ONLY:
+            known = self.monitor.health.nodes.get(node)
+            if known is not None and known.role is Role.REPLICA:
+                return False
         self.monitor.report_failure(node, error)
+        return True
 
     def _map_is_stale(self, node: str) -> None:
         """Forget the map that sent a row to the wrong shard: the next plan reads it anew."""
@@ -503,12 +633,17 @@ class Router:
 
 
 def blocking(engines: Engines, function: Callable[..., T], *arguments: Any) -> T:
-    """Call what blocks: here in a sync program, in a thread under AsyncSession."""
-    if not engines.is_async:
+    """Call what blocks: here in a sync program, in a thread under AsyncSession.
+
+    Where an async program calls a plain method, such as ``AsyncSession.get_bind``, it is called
+    here, too: at most once per process, for the first look at the servers.
+    """
+    from sqlalchemy.util import await_only
+    from sqlalchemy.util.concurrency import in_greenlet
+
+    if not engines.is_async or not in_greenlet():
         return function(*arguments)
     import asyncio
-
-    from sqlalchemy.util import await_only
 
     found: T = await_only(asyncio.to_thread(function, *arguments))
     return found

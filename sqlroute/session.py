@@ -13,13 +13,15 @@ listeners after the last of them.
 
 SQLAlchemy internals used, each checked by ``tests/unit/test_sqlalchemy_internals.py``:
 ``Session._execute_internal``, ``_connection_for_bind``, ``_autobegin_t``, ``_autoflush``,
-``_is_clean``, ``_identity_lookup``, ``connection_callable``.
+``_is_clean``, ``_identity_lookup``, ``connection_callable``, ``_warn_on_events``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -28,14 +30,33 @@ from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 from sqlalchemy.sql.base import Executable
 
-from sqlroute.errors import CrossShardRefused, MissingShardKey, SQLRouteError
+from sqlroute import stale
+from sqlroute.errors import (
+    CrossShardRefused,
+    ForeignToken,
+    MissingShardKey,
+    PlanError,
+    SQLRouteError,
+    UnknownName,
+)
 from sqlroute.execution import BIND, Call, execute, merge_of, plan
 from sqlroute.references import copy_after_flush
-from sqlroute.routing.affinity import Affinity, Token, parse_lsn
+from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
 from sqlroute.routing.plan import Plan, Target, Tier
+from sqlroute.routing.policy import (
+    Consistency,
+    Demand,
+    Intent,
+    consistency_named,
+    intent_named,
+)
 from sqlroute.routing.rows import bucket_of_key, missing, python_default
+from sqlroute.routing.target import check_may_write
+from sqlroute.routing.token import Token, parse_lsn
+from sqlroute.runtime import settings as _settings
 from sqlroute.runtime.commit import CommitGroup
+from sqlroute.stale import StaleWrites
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.schema import Table
@@ -46,7 +67,9 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_NOTHING: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+_ISOLATION_LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
 class RoutingMixin(_Base):
@@ -55,19 +78,55 @@ class RoutingMixin(_Base):
     Args:
         router: knows the servers.
         asynchronous: the session lives under an ``AsyncSession``.
+        consistency: what its reads may miss: ``"eventual"``, ``"bounded"``, ``"session"`` or
+            ``"strong"``; by default the policy's.
+        intent: what it is declared to do: ``"reading"``, ``"writing"`` or ``"lag_tolerant"``.
+        token: what it must not read a state from before, see :meth:`follow`.
+        settings: run-time parameters of its connections, see :meth:`settings`.
+        stale_writes: ``"check"``: an object that a replica gave is compared with the primary's row
+            before it is written; ``"allow"``: it is not. See :mod:`sqlroute.stale`.
+
+    Raises:
+        UnknownName: a consistency, intent or ``stale_writes`` that nobody knows.
+        InvalidToken, ForeignToken: the token is none, or of other servers.
+        SettingRefused: a setting that sessions may not carry.
     """
 
     def __init__(
-        self, *arguments: Any, router: Router, asynchronous: bool = False, **options: Any
+        self,
+        *arguments: Any,
+        router: Router,
+        asynchronous: bool = False,
+        consistency: Consistency | str | None = None,
+        intent: Intent | str = Intent.AUTOMATIC,
+        token: Token | str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        stale_writes: str = "check",
+        **options: Any,
     ) -> None:
+        self._stale = StaleWrites(stale_writes)
+        self._asks_per_object = False
         self._router = router
         self._routes = router.engines(is_async=asynchronous)
         self._affinity = Affinity()
         self._group: CommitGroup | None = None
-        self._writing = False
+        self._demand = router.demand
+        if consistency is not None or intent is not Intent.AUTOMATIC:
+            self._demand = Demand(
+                consistency_named(consistency or router.demand.consistency), intent_named(intent)
+            )
+        self._settings: Mapping[str, str] = _NOTHING
+        self._given: dict[Connection, dict[str, str]] = {}  # in force now, by connection
+        self._before: dict[Connection, dict[str, str]] = {}  # and before the session's
+        self._options: Mapping[str, Any] = _NOTHING  # of the transaction's connections
+        self._optioned: set[Engine] = set()  # that have them
         self._shard: str | None = None
         self._streaming: frozenset[str] = frozenset()
         self._is_sharded = any(k.is_sharded for k in router.topology.keyspaces)
+        if token:
+            self.follow(token)
+        if settings:
+            self.settings(**settings)
         super().__init__(*arguments, **options)
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -78,16 +137,93 @@ class RoutingMixin(_Base):
             event.listen(cls, "after_begin", _after_begin)
             event.listen(cls, "after_commit", _after_commit)
             event.listen(cls, "after_transaction_end", _after_transaction_end)
+            stale.listen(cls)
 
     @property
     def router(self) -> Router:
         return self._router
 
+    # what the caller asks for
+
     @property
-    def tokens(self) -> tuple[Token, ...]:
-        """What the session has seen, one token per shard it wrote."""
-        ties = self._affinity.shards.values()
-        return tuple(tie.token for tie in ties if tie.token is not None)
+    def token(self) -> Token:
+        """What the session has seen: a later reader who follows it misses nothing of that.
+
+        After a commit it is known already. After a read of something else the node that answered
+        is asked how far it is, so that what was read is never missed either: one probe.
+
+        Raises:
+            NoEligibleNode: that node is gone, and the primary too.
+        """
+        self._affinity = self._router.observed(self._affinity, self._routes)
+        return self._affinity.token
+
+    def follow(self, token: Token | str) -> None:
+        """Never read a state from before a token from now on, beside what was seen already.
+
+        Raises:
+            InvalidToken: the text is none.
+            ForeignToken: it names a shard that the topology does not have. That it was made by
+                another cluster is found by the first statement.
+        """
+        given = Token.parse(token) if isinstance(token, str) else token
+        known = self._router.topology.keyspace_of_shard
+        for position in given.positions:
+            if position.shard not in known:
+                raise ForeignToken(
+                    f"the token names shard {position.shard!r}, which the topology does not have "
+                    f"({', '.join(known)}); drop the token"
+                )
+        for position in given.positions:
+            self._affinity = self._affinity.seen(position)
+
+    def consistency(self, consistency: Consistency | str) -> AbstractContextManager[None]:
+        """Read with another consistency within a ``with`` block.
+
+        Raises:
+            UnknownName: there is no such consistency.
+        """
+        return self._demanding(consistency=consistency_named(consistency))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Declare a ``with`` block to read only: a write in it is refused before it is sent."""
+        return self._demanding(intent=Intent.READING)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Declare that a ``with`` block will write: its reads go to the primary at once."""
+        return self._demanding(intent=Intent.WRITING)
+
+    def lag_tolerant(self) -> AbstractContextManager[None]:
+        """Declare a ``with`` block to read only, and data of any age."""
+        return self._demanding(intent=Intent.LAG_TOLERANT)
+
+    @contextmanager
+    def _demanding(self, **changes: Any) -> Iterator[None]:
+        before = {name: getattr(self._demand, name) for name in changes}
+        self._demand = replace(self._demand, **changes)
+        try:
+            yield
+        finally:
+            self._demand = replace(self._demand, **before)
+
+    def settings(self, **settings: Any) -> _Settings:
+        """Give run-time parameters to every connection that the session takes from now on.
+
+        ``session.settings(**{"app.tenant": "7"})`` holds for the rest of the session, or as a
+        ``with`` block until its end. They reach replicas and shards alike before the first
+        statement there, and the server undoes them at the end of each transaction. Reads with
+        settings need a transaction of their own: three round trips instead of one. A connection
+        of the transaction under way is given them before its next statement.
+
+        Args:
+            settings: names, with dots as they are, and values: text, numbers or bools.
+
+        Raises:
+            SettingRefused: a setting that sessions may not carry.
+        """
+        before = self._settings
+        self._settings = MappingProxyType({**before, **_settings.checked(settings)})
+        return _Settings(self, before)
 
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that this session would make for a statement now, without running it.
@@ -128,9 +264,12 @@ class RoutingMixin(_Base):
                 _add_event=_add_event if is_planned else _listened,
                 _scalar_result=_scalar_result,
             )
-        own = self.execution_options
+        own: Mapping[str, Any] = self.execution_options
         options: Mapping[str, Any] = statement._execution_options
         if own or execution_options:
+            top = execution_options.get("sa_top_level_orm_context")
+            if top is not None:  # an eager loader's: it has the options of its statement
+                own = {**own, **top.query._execution_options, **top.execution_options}
             options = {**own, **options, **execution_options}
         return execute(
             Call(
@@ -160,7 +299,7 @@ class RoutingMixin(_Base):
         if not keyspace.is_sharded:
             return []
         targets = [
-            self._router.primary_of(shard, self._affinity, self._routes)
+            self._router.primary_of(shard, self._affinity, self._routes, self._demand)
             for shard in keyspace.shard_names[1:]
         ]
         for target in targets:
@@ -172,25 +311,50 @@ class RoutingMixin(_Base):
     def flush(self, objects: Any = None) -> None:
         """Flush, each object to the shard it belongs to. See ``Session.flush``."""
         arguments = (objects,) if objects is not None else ()
-        if not self._is_sharded or self._is_clean():
+        if (self._affinity.read_only or self._demand.only_reads) and self._has_changes():
+            check_may_write(
+                self._router.situation(self._affinity, self._routes, self._demand), "a flush"
+            )
+        if self._is_clean():
             super().flush(*arguments)
             return
-        # a method where SQLAlchemy declares a protocol with more optional arguments
-        self.connection_callable = self._connection_of  # type: ignore[assignment]
+        self._asks_per_object = self._is_sharded or self._stale.is_needed
+        demand = self._demand
+        if not (self._affinity.read_only or demand.only_reads):
+            self._demand = replace(demand, intent=Intent.WRITING)  # for what a flush loads itself
         try:
             super().flush(*arguments)
         finally:
-            self.connection_callable = None
+            self._demand = demand
+            self._asks_per_object = False
+            self._stale.flushed()
+
+    @property
+    def connection_callable(self) -> Any:  # type: ignore[override]
+        """Ask per object, while a flush writes objects and not what its listeners execute.
+
+        Bulk persistence, which those may use, refuses to run where this is set.
+        """
+        is_writing = self._asks_per_object and self._warn_on_events and self._shard is None
+        return self._connection_of if is_writing else None
+
+    def _has_changes(self) -> bool:
+        return bool(self.new or self.deleted) or any(map(self.is_modified, self.dirty))
 
     def _autoflush(self) -> None:
         if not self._is_clean():
             super()._autoflush()
 
-    def _connection_of(self, _: Mapper[Any], instance: Any, **__: Any) -> Connection:
-        """Return the connection that an object is flushed on."""
+    def _connection_of(self, mapper: Mapper[Any], instance: Any, **__: Any) -> Connection:
+        """Return the connection that an object is flushed on, its row checked if a replica's."""
         state = sa_inspect(instance)
+        connection = self._connection_of_state(state)
+        self._stale.before_write(mapper, state, self._connection_of_state)
+        return connection
+
+    def _connection_of_state(self, state: Any) -> Connection:
         shard = self._shard_of(state)
-        if state.key is None:
+        if state.key is None and self._is_sharded:
             state.identity_token = shard
         self._wrote(shard)
         engine = self._primary_engine(shard)
@@ -245,8 +409,13 @@ class RoutingMixin(_Base):
             return found
         shard = shard or self._shard or self._only_shard(mapper)
         self._router.topology.shard(shard)
-        self._wrote(shard)
-        return self._primary_engine(shard)
+        if not self._affinity.read_only:
+            self._wrote(shard)
+        engine = self._primary_engine(shard)
+        if self._flushing and (self._settings or self._given or self._options):
+            # a flush asks here, and then its transaction, which knows nothing of settings
+            return self._connection_for_bind(engine)
+        return engine
 
     def _only_shard(self, mapper: Any) -> str:
         table: Any = getattr(mapper, "local_table", None)
@@ -265,7 +434,7 @@ class RoutingMixin(_Base):
         )
 
     def _primary_engine(self, shard: str) -> Engine:
-        target = self._router.primary_of(shard, self._affinity, self._routes)
+        target = self._router.primary_of(shard, self._affinity, self._routes, self._demand)
         return self._routes.engine(target.node)
 
     def _connection_for_bind(
@@ -275,7 +444,12 @@ class RoutingMixin(_Base):
             if self._transaction is None:
                 self._autobegin_t()
             return engine
+        if self._options and engine not in self._optioned:
+            self._optioned.add(engine)
+            execution_options = {**self._options, **(execution_options or {})}
         found: Connection = super()._connection_for_bind(engine, execution_options, **options)
+        if self._settings or self._given:
+            self._give_settings(found)
         return found
 
     def _wrote(self, shard: str) -> None:
@@ -295,32 +469,110 @@ class RoutingMixin(_Base):
     def _ask_positions(self, group: CommitGroup) -> None:
         """Ask for the positions that SQLAlchemy's own two-phase commit has not brought along."""
         for shard in group.writers:
-            node = self._routes.node_of(self._primary_engine(shard))
-            assert node is not None
+            node = self._affinity.of(shard).node
+            if node is None:
+                continue
             with self._routes.reading(node) as connection:
                 found = connection.exec_driver_sql("SELECT pg_current_wal_flush_lsn()")
                 group.lsns[shard] = parse_lsn(found.scalar_one())
 
+    def _give_settings(self, connection: Connection) -> None:
+        """Bring the settings of a connection of the transaction up to those of the session."""
+        given = self._given.get(connection, {})
+        wanted = self._settings
+        if {name: value for name, value in given.items() if name in wanted} == wanted and len(
+            given
+        ) == len(wanted):
+            return
+        driver: Any = connection.connection.driver_connection
+        if driver.autocommit:
+            raise PlanError(
+                "settings need a transaction, and the session's isolation level is AUTOCOMMIT; "
+                "leave one of them out"
+            )
+        before = self._before.setdefault(connection, {})
+        new = [name for name in wanted if name not in before]
+        if new:
+            found = connection.exec_driver_sql(*_settings.current(new)).one()
+            before.update(zip(new, found, strict=True))
+        changed = {**{name: before[name] for name in given if name not in wanted}, **wanted}
+        connection.exec_driver_sql(*_settings.in_transaction(changed))
+        self._given[connection] = dict(wanted)
+
     # what a Session offers besides
 
-    def begin(self, nested: bool = False) -> Any:
-        """Begin a transaction on the primaries. See ``Session.begin``."""
+    def begin(
+        self, nested: bool = False, *, read_only: bool = False, isolation_level: str | None = None
+    ) -> Any:
+        """Begin a transaction, on primaries unless it is read-only. See ``Session.begin``.
+
+        Args:
+            read_only: a real read-only transaction, on one replica of each shard it reads. A write
+                in it is refused before it is sent. What a session is declared to be reading does
+                likewise.
+            isolation_level: ``"READ COMMITTED"``, ``"REPEATABLE READ"`` or ``"SERIALIZABLE"``,
+                which runs on the primary. Several shards have no common snapshot.
+
+        Raises:
+            UnknownName: no such isolation level.
+        """
+        if isolation_level is not None:
+            isolation_level = isolation_level.upper().replace("_", " ")
+            if isolation_level not in _ISOLATION_LEVELS:
+                known = ", ".join(_ISOLATION_LEVELS)
+                raise UnknownName(f"unknown isolation level {isolation_level!r}; known: {known}")
+        if nested and (read_only or isolation_level):
+            raise PlanError("a savepoint has the mode of its transaction; begin that with it")
         transaction = super().begin(nested=nested)
-        self._affinity = self._affinity.begun()
+        if nested:
+            self._affinity = self._affinity.begun(read_only=self._affinity.read_only)
+            return transaction
+        read_only = read_only or self._demand.only_reads
+        self._affinity = self._affinity.begun(read_only=read_only)
+        if isolation_level is not None:
+            self._demand = replace(self._demand, snapshot=isolation_level)
+            self._options = {"isolation_level": isolation_level}
+        if read_only:
+            self._options = {**self._options, "postgresql_readonly": True}
         return transaction
+
+    def delete(self, instance: object) -> None:
+        """Mark as deleted; what it cascades to is loaded from the primary, which has all of it."""
+        with self.writing() if not self._demand.only_reads else nullcontext():
+            super().delete(instance)
+
+    def delete_all(self, instances: Any) -> None:
+        """Mark several objects as deleted. See ``delete``."""
+        with self.writing() if not self._demand.only_reads else nullcontext():
+            super().delete_all(instances)
 
     def merge(self, *arguments: Any, **options: Any) -> Any:
         """Merge; its load decides between INSERT and UPDATE, so it reads from the primary."""
-        with self._as_write():
+        if self._demand.only_reads:
+            return super().merge(*arguments, **options)
+        with self.writing():
+            if options.get("load", True):
+                instance = arguments[0] if arguments else options["instance"]
+                self._stale.before_copy(stale.given(instance, self), self._connection_of_state)
             return super().merge(*arguments, **options)
 
-    @contextmanager
-    def _as_write(self) -> Iterator[None]:
-        before, self._writing = self._writing, True
-        try:
-            yield
-        finally:
-            self._writing = before
+    def merge_all(self, instances: Any, **options: Any) -> Any:
+        """Merge several objects. See ``merge``."""
+        instances = list(instances)
+        if self._demand.only_reads:
+            return super().merge_all(instances, **options)
+        with self.writing():
+            if options.get("load", True):
+                states = (s for instance in instances for s in stale.given(instance, self))
+                self._stale.before_copy(states, self._connection_of_state)
+            return super().merge_all(instances, **options)
+
+    def bulk_save_objects(self, objects: Any, *arguments: Any, **options: Any) -> None:
+        """Save objects without the unit of work. See ``Session.bulk_save_objects``."""
+        objects = list(objects)
+        states = (sa_inspect(found, raiseerr=False) for found in objects)
+        self._stale.before_copy(states, self._connection_of_state)
+        super().bulk_save_objects(objects, *arguments, **options)
 
     def _identity_lookup(  # type: ignore[override]
         self, mapper: Any, primary_key_identity: Any, identity_token: Any = None, **options: Any
@@ -385,15 +637,36 @@ def _key_of(state: Any, table: Table) -> dict[str, Any]:
     return row
 
 
+class _Settings:
+    """What :meth:`RoutingMixin.settings` returns: as a ``with`` block it takes them back."""
+
+    def __init__(self, session: RoutingMixin, before: Mapping[str, str]) -> None:
+        self._session = session
+        self._before = before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._session._settings = self._before
+
+
 def _after_begin(session: Any, transaction: Any, connection: Connection) -> None:
-    """A connection joined the transaction: a primary pins its shard and joins the commit."""
+    """A connection joined the transaction: its node serves what the transaction does there."""
     node = session._routes.node_of(connection.engine)
     if node is None or transaction.nested:
         return
     if node in session._streaming:
         return  # a replica; it has no part in the commit
     shard = session._router.topology.shard_of_node[node]
-    session._affinity = session._affinity.pinned(shard)
+    session._affinity = session._affinity.pinned(shard, node)
+    if session._affinity.read_only:
+        return
     if session._group is None:
         session._group = CommitGroup()
     if not session.twophase:
@@ -409,17 +682,26 @@ def _after_commit(session: Any) -> None:
         session._ask_positions(group)
     health = router.monitor.health
     for shard, lsn in group.lsns.items():
-        primary = health.primary(shard)
-        timeline = primary.timeline if primary is not None else 0
-        epoch = router.epoch_of(shard)
-        session._affinity = session._affinity.committed(Token(shard, epoch, timeline, lsn))
+        node = session._affinity.of(shard).node
+        known = health.nodes.get(node)
+        timeline = known.timeline if known is not None else 0
+        position = router.position(shard, timeline, lsn)
+        session._affinity = session._affinity.committed(position)
 
 
 def _after_transaction_end(session: Any, transaction: Any) -> None:
+    if transaction.nested:
+        session._given.clear()  # what was set since the savepoint may have gone with it
     if transaction.parent is None:
         session._affinity = session._affinity.ended()
         session._group = None
         session._streaming = frozenset()
+        session._given.clear()
+        session._before.clear()
+        if session._options:
+            session._options = _NOTHING
+            session._optioned.clear()
+            session._demand = replace(session._demand, snapshot=None)
 
 
 class RoutingSession(RoutingMixin, Session):

@@ -41,7 +41,7 @@ def _read(keyspace: Keyspace, node: Node, timeout: float) -> ShardMap | None:
     import psycopg
 
     try:
-        with _connect(node, timeout) as connection:
+        with connect(node, timeout) as connection:
             rows = connection.execute(_READ, (keyspace.name,)).fetchall()
     except (psycopg.OperationalError, psycopg.errors.UndefinedTable):
         return None
@@ -93,7 +93,8 @@ def write(shard_map: ShardMap, connection: Any) -> None:
     )
 
 
-def _connect(node: Node, timeout: float) -> Any:
+def connect(node: Node, timeout: float) -> Any:
+    """Return a connection of psycopg's in AUTOCOMMIT."""
     import psycopg
 
     return psycopg.connect(

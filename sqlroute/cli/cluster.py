@@ -9,10 +9,10 @@ from sqlroute.catalog.tables import leaf_of, read_tables
 from sqlroute.errors import InvalidShardKey, NoPrimary, UnknownName
 from sqlroute.health import Health, NodeHealth, State
 from sqlroute.router import Router
-from sqlroute.routing.affinity import format_lsn
 from sqlroute.routing.hashing import KeyKind, bucket_of
 from sqlroute.routing.sqltree import Role, TableInfo
 from sqlroute.routing.sqlvalues import read
+from sqlroute.routing.token import format_lsn
 from sqlroute.topology import Keyspace, ShardMap
 
 LOOKS = 2

@@ -17,13 +17,14 @@ from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
 from sqlroute.router import Router
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.plan import Plan, Tier
+from sqlroute.routing.policy import Demand
 from sqlroute.routing.sqltext import describe_text
 
 NOTE = (
-    "this is where the text belongs; a session sends text() to the primary, and on several shards "
-    "needs execution_options(sqlroute_shard=...)"
+    "this is where the text belongs; text() in a session on several shards must be told so by "
+    "execution_options(sqlroute_shard=...)"
 )
-"""True of every plan for text, and said with it: sessions do not parse."""
+"""True of every plan for text, and said with it: sessions do not know the tables in it."""
 
 
 def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,9 +34,14 @@ def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dic
         PlanError: it cannot be parsed or routed.
         UnknownName: a table or parameter that nobody knows.
     """
-    text = describe_text(sql, tables_of(router), router.topology, parameters)
+    engines = router.engines(is_async=False)
+    tables = tables_of(router)
+    for keyspace in router.topology.keyspaces:
+        router.learn_functions(keyspace, engines)
+    text = describe_text(sql, tables, router.topology, parameters, router.planner.functions)
     rows = list(text.rows) if text.rows is not None else None
-    found = router.plan(text.described(), Affinity(), router.engines(is_async=False), keys=rows)
+    demand = Demand(router.policy.consistency)
+    found = router.plan(text.described(), Affinity(), engines, demand=demand, keys=rows)
     if found.tier is not Tier.SINGLE:
         raise CrossShardRefused(
             "text()",

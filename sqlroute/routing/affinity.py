@@ -5,32 +5,11 @@ A value; a change is a new value. It never knows a connection, only names and po
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from sqlroute.errors import PlanError
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """What a session has seen of a shard: it must never read a state from before it.
-
-    Attributes:
-        shard: name of the shard.
-        epoch: of the shard map when the token was made, 0 without a map.
-        timeline: of the primary that acknowledged, 0 when it was not known.
-        lsn: WAL position as an integer number of bytes.
-    """
-
-    shard: str
-    epoch: int
-    timeline: int
-    lsn: int
-
-    def __str__(self) -> str:
-        return f"{self.shard}@{self.epoch}.{self.timeline}.{format_lsn(self.lsn)}"
+from sqlroute.routing.token import Position, Token, newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +17,16 @@ class ShardAffinity:
     """One session's ties to one shard.
 
     Attributes:
-        replica: the node that serves the reads of the transaction under way, if one was chosen.
-        pinned: the transaction under way is open on the primary, so its reads go there.
-        token: the newest state the session has seen; survives the transaction.
+        node: the node that answered last, if what it showed may be newer than the token. Nobody
+            knows how new; so the session stays with it, and leaves it only for one that has passed
+            a position observed on it afterwards (:class:`sqlroute.routing.planner.Unproven`).
+        pinned: the transaction under way is open on that node.
+        token: the newest state the session is known to have seen.
     """
 
-    replica: str | None = None
+    node: str | None = None
     pinned: bool = False
-    token: Token | None = None
+    token: Position | None = None
 
 
 NOTHING = ShardAffinity()
@@ -58,71 +39,70 @@ class Affinity:
 
     Attributes:
         explicit: the transaction under way was begun by ``session.begin()``: it is a primary one.
+        read_only: it was begun by ``session.begin(read_only=True)``: it is open on replicas.
+        setting: the shard on whose connection a ``SET`` was sent by hand in this transaction.
+        epoch: the highest epoch of all tokens.
+        last: the shard that the transaction under way used last.
     """
 
     shards: Mapping[str, ShardAffinity] = field(default_factory=lambda: _NO_TIES)
     explicit: bool = False
+    read_only: bool = False
+    setting: str | None = None
+    epoch: int = 0
+    last: str | None = None
 
     def of(self, shard: str) -> ShardAffinity:
         return self.shards.get(shard, NOTHING)
 
+    @property
+    def token(self) -> Token:
+        """What is known to have been seen; of a shard with a ``node`` there may be more."""
+        found = [tie.token for tie in self.shards.values() if tie.token is not None]
+        return Token(tuple(sorted(found, key=lambda position: position.shard)))
+
     def reading(self, shard: str, node: str) -> Affinity:
-        """After a read: the transaction stays with this replica."""
+        """After a read outside of a transaction: what the session has seen, this node has."""
         tie = self.of(shard)
-        if tie.replica == node:
-            return self
-        return self._with(shard, replace(tie, replica=node))
+        if tie.node == node:
+            return self if self.last == shard else replace(self, last=shard)
+        return replace(self._with(shard, replace(tie, node=node)), last=shard)
 
-    def pinned(self, shard: str) -> Affinity:
-        """After the primary was enlisted: the transaction's reads of this shard go to it."""
+    def pinned(self, shard: str, node: str) -> Affinity:
+        """After a node was enlisted: what the transaction does on this shard, it does there."""
         tie = self.of(shard)
-        if tie.pinned:
+        if tie.pinned and tie.node == node:
             return self
-        return self._with(shard, replace(tie, pinned=True))
+        return replace(self._with(shard, replace(tie, node=node, pinned=True)), last=shard)
 
-    def committed(self, token: Token) -> Affinity:
-        """After a commit: later reads must have replayed it. A token never moves back."""
-        tie = self.of(token.shard)
-        newest = token if tie.token is None else _newest(tie.token, token)
-        if newest == tie.token:
+    def seen(self, position: Position) -> Affinity:
+        """After a position became known to the session. A token never moves back."""
+        tie = self.of(position.shard)
+        found = position if tie.token is None else newest(tie.token, position)
+        if found == tie.token:
             return self
-        return self._with(token.shard, replace(tie, token=newest))
+        changed = self._with(position.shard, replace(tie, token=found))
+        return replace(changed, epoch=max(self.epoch, position.epoch))
 
-    def begun(self) -> Affinity:
-        return replace(self, explicit=True)
+    def committed(self, position: Position) -> Affinity:
+        """After a commit, whose position covers all that the transaction has read, too."""
+        found = self.seen(position)
+        tie = found.of(position.shard)
+        return found._with(position.shard, replace(tie, node=None)) if tie.node else found
+
+    def begun(self, *, read_only: bool = False) -> Affinity:
+        return replace(self, explicit=True, read_only=read_only)
+
+    def set_by_hand(self, shard: str) -> Affinity:
+        return replace(self, setting=shard)
 
     def ended(self) -> Affinity:
-        """After the transaction: only the tokens remain."""
+        """After the transaction: what was seen remains."""
         kept = {
-            shard: ShardAffinity(token=tie.token)
+            shard: ShardAffinity(node=tie.node, token=tie.token) if tie.pinned else tie
             for shard, tie in self.shards.items()
-            if tie.token is not None
         }
-        return Affinity(MappingProxyType(kept))
+        return Affinity(MappingProxyType(kept), epoch=self.epoch)
 
     def _with(self, shard: str, tie: ShardAffinity) -> Affinity:
         return replace(self, shards=MappingProxyType({**self.shards, shard: tie}))
-
-
-def _newest(old: Token, new: Token) -> Token:
-    """Return the token that demands more; of an unknown timeline, all that either demands."""
-    if old.timeline and new.timeline:
-        return max(old, new, key=lambda token: (token.timeline, token.lsn))
-    return replace(new, timeline=max(old.timeline, new.timeline), lsn=max(old.lsn, new.lsn))
-
-
-def format_lsn(lsn: int) -> str:
-    """Return a WAL position as PostgreSQL writes it, ``0/16B3748``."""
-    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
-
-
-def parse_lsn(text: str) -> int:
-    """Return the WAL position written in ``text``.
-
-    Raises:
-        PlanError: the text is no WAL position.
-    """
-    if re.fullmatch(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}", text) is None:
-        raise PlanError(f"{text!r} is no WAL position; it looks like 0/16B3748")
-    high, low = text.split("/")
-    return (int(high, 16) << 32) | int(low, 16)

@@ -6,13 +6,13 @@ of every refusal is kept, because "no replica" without a why helps nobody.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from random import Random
 
 from sqlroute.health import Health, NodeHealth, State
-from sqlroute.routing.affinity import Token, format_lsn
 from sqlroute.routing.policy import Consistency, Policy
+from sqlroute.routing.token import Position, format_lsn
 from sqlroute.topology import Topology
 
 
@@ -32,7 +32,10 @@ class Candidates:
 
     def reasons(self) -> str:
         parts = [f"{node} {why}" for node, why in self.refused]
-        parts += [f"{node.node} has not replayed the session's token" for node in self.unproven]
+        parts += [
+            f"{node.node} is not known to have replayed what the session has seen"
+            for node in self.unproven
+        ]
         return ", ".join(parts) or "it has none"
 
 
@@ -41,19 +44,20 @@ def candidates(
     health: Health,
     topology: Topology,
     policy: Policy,
-    token: Token | None,
+    consistency: Consistency,
+    required: Required,
     exclude: frozenset[str],
 ) -> Candidates:
     """Sort the replicas of a shard by whether they may take a read of this session."""
     fresh: list[NodeHealth] = []
     unproven: list[NodeHealth] = []
     refused: list[tuple[str, str]] = []
-    bounded = policy.consistency is not Consistency.EVENTUAL
-    sessional = policy.consistency is Consistency.SESSION
+    bounds = None if consistency is Consistency.EVENTUAL else policy
+    sessional = consistency is Consistency.SESSION
     for node in health.replicas(shard):
-        if (why := _refusal(node, topology, policy if bounded else None, exclude)) is not None:
+        if (why := refusal(node, topology, bounds, exclude)) is not None:
             refused.append((node.node, why))
-        elif sessional and token is not None and not has_replayed(node, token):
+        elif sessional and not required.is_met_by(node):
             unproven.append(node)
         else:
             fresh.append(node)
@@ -69,20 +73,77 @@ def _others(
     primary = health.primary(shard)
     known = {node.node for node in (primary, *health.replicas(shard)) if node is not None}
     return [
-        (node.node, _refusal(node, topology, None, exclude) or "says that it is a primary")
+        (node.node, refusal(node, topology, None, exclude) or "says that it is a primary")
         for node in health.members(shard)
         if node.node not in known
     ]
 
 
-def has_replayed(node: NodeHealth, token: Token) -> bool:
-    """The cached replay LSN only grows, so a cached one beyond the token is proof."""
-    return node.lsn >= token.lsn and node.timeline >= token.timeline
+@dataclass(frozen=True, slots=True)
+class Required:
+    """What a replica must have replayed to be read from.
+
+    Attributes:
+        token: the session's, if any.
+        node: the node that the session read from last, if any: it needs no further proof.
+        floor: observed after that read, so it covers what ``node`` showed; ``None`` if not asked.
+    """
+
+    token: Position | None
+    node: str | None
+    floor: Position | None
+
+    def is_met_by(self, node: NodeHealth) -> bool:
+        if self.token is not None and not has_replayed(node, self.token):
+            return False
+        if self.node is None or self.node == node.node:
+            return True
+        return self.floor is not None and has_replayed(node, self.floor)
 
 
-def _refusal(
+def has_replayed(node: NodeHealth, position: Position) -> bool:
+    """The cached replay LSN only grows, so a cached one beyond the position is proof."""
+    return node.lsn >= position.lsn and node.timeline >= position.timeline
+
+
+def floor_of(
+    shard: str, health: Health, node: str, since: float, exclude: frozenset[str]
+) -> Position | None:
+    """Return a position that covers all that ``node`` has shown before the time ``since``.
+
+    Its own, observed later; when it is gone the primary's: no replica is ahead of that. ``None``
+    when neither has answered.
+    """
+    known = health.nodes.get(node)
+    if known is not None and node not in exclude and known.is_readable and known.lsn_at >= since:
+        return Position(shard, 0, known.timeline, known.lsn)
+    primary = health.primary(shard)
+    if primary is not None and primary.node not in exclude and primary.lsn_at >= since:
+        return Position(shard, 0, primary.timeline, primary.lsn)
+    return None
+
+
+LONGEST_WAIT = 0.1
+"""Seconds that a read waits at most for a replica where the policy names no other time."""
+
+
+def patience(unproven: tuple[NodeHealth, ...], policy: Policy) -> float:
+    """Return how many seconds a read may wait for one of these replicas; 0 when it is hopeless.
+
+    By default as long as the nearest one is measured to be behind, twice over; one further behind
+    than a read would wait is not even asked.
+    """
+    if policy.token_wait is not None:
+        return policy.token_wait
+    lags = [node.lag_seconds for node in unproven if node.lag_seconds is not None]
+    nearest = min(lags, default=LONGEST_WAIT + 1)
+    return 0.0 if nearest > LONGEST_WAIT else min(LONGEST_WAIT, 0.02 + 2 * nearest)
+
+
+def refusal(
     node: NodeHealth, topology: Topology, bounds: Policy | None, exclude: frozenset[str]
 ) -> str | None:
+    """Return why a node may not be read from, its freshness for the session aside."""
     if node.node in exclude:
         return "just failed"
     if not node.is_readable:
@@ -99,16 +160,18 @@ def _refusal(
     return None
 
 
-def choose(fresh: tuple[NodeHealth, ...], loads: Mapping[str, int], rng: Random) -> NodeHealth:
-    """Take two at random, keep the one with fewer statements under way (then the nearer one)."""
+def choose(
+    fresh: tuple[NodeHealth, ...], loads: Mapping[str, Collection[object]], rng: Random
+) -> NodeHealth:
+    """Take two at random, keep the one with fewer statements under way (else either)."""
     if len(fresh) == 1:
         return fresh[0]
     one, other = rng.sample(fresh, 2) if len(fresh) > 2 else fresh
-    load_one, load_other = loads.get(one.node, 0), loads.get(other.node, 0)
+    load_one, load_other = len(loads.get(one.node, ())), len(loads.get(other.node, ()))
     if load_one != load_other:
         return one if load_one < load_other else other
     return one if rng.random() < 0.5 else other
 
 
-def describe_token(token: Token) -> str:
-    return f"the session has seen {format_lsn(token.lsn)}"
+def describe_token(position: Position) -> str:
+    return f"the session has seen {format_lsn(position.lsn)}"

@@ -20,21 +20,16 @@ from sqlroute.errors import (
     CrossShardRefused,
     InvalidShardKey,
     MissingShardKey,
-    NoEligibleNode,
-    NoPrimary,
     PlanError,
     ShardMapUnavailable,
 )
-from sqlroute.health import Health
-from sqlroute.routing.affinity import Affinity
-from sqlroute.routing.balancing import candidates, choose, describe_token
+from sqlroute.routing.functions import BUILT_IN, Functions
 from sqlroute.routing.hashing import bucket_of
 from sqlroute.routing.keys import Bind, Values, stored
 from sqlroute.routing.plan import Plan, Target, Tier
-from sqlroute.routing.plan import target as _made
-from sqlroute.routing.policy import Consistency, Policy
 from sqlroute.routing.rows import bucket_of_key
 from sqlroute.routing.statement import Kind, Placement, Statement, describe
+from sqlroute.routing.target import Situation, kind_of, target_of
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
 if TYPE_CHECKING:
@@ -48,34 +43,17 @@ PLANS = 64
 """How many plans of one shape are remembered."""
 
 
-@dataclass(slots=True)  # not frozen: one is made per statement, and freezing costs 4 us
-class Situation:
-    """Everything outside the statement that a plan depends on.
+class OldMap(Exception):  # no error: it asks the runtime for a fact
+    """The session has seen a newer shard map than the one in use: read it, then plan again.
 
     Attributes:
-        maps: the shard map of each sharded keyspace, by its name.
-        loads: statements under way per node.
-        exclude: nodes that failed this very statement.
-        shard: the shard that the caller named, if any.
-        may_wait: say that a replica must be proved fresh, rather than fall back to the primary.
+        epoch: of the map that it has seen.
     """
 
-    topology: Topology
-    policy: Policy
-    health: Health
-    maps: Mapping[str, ShardMap]
-    affinity: Affinity
-    loads: Mapping[str, int]
-    exclude: frozenset[str] = frozenset()
-    shard: str | None = None
-    may_wait: bool = False
-
-
-class Unproven(Exception):  # no error: it asks the runtime for a fact
-    """No replica is known to have replayed the session's token; ask them, then plan again."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard = shard
+    def __init__(self, keyspace: Keyspace, epoch: int) -> None:
+        super().__init__(keyspace.name, epoch)
+        self.keyspace = keyspace
+        self.epoch = epoch
 
 
 @dataclass(slots=True)
@@ -87,8 +65,9 @@ class Shape:
         reads_entities: rows may hold ORM entities, which must carry their shard as identity token.
         key: the one parameter that places every table of it, if it is as simple as that.
         merge: how its answers merge, made when it is first scattered.
-        plans: of one shard, by (target, epoch): they differ in nothing else.
+        plans: of one shard, by (target, epoch, kind): they differ in nothing else.
         code_points: the collation it was made for.
+        functions: what was known when its functions decided its kind, ``None`` if it calls none.
     """
 
     statement: Statement
@@ -97,7 +76,8 @@ class Shape:
     key: Bind | None = None
     merge: MergeShape | None = None
     code_points: bool = False
-    plans: dict[tuple[Target, int], Plan] = field(default_factory=dict)
+    functions: Functions | None = None
+    plans: dict[tuple[Target, int, Kind], Plan] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -136,9 +116,14 @@ class Described:
 
 @dataclass(slots=True)
 class Planner:
-    """Remembers shapes; otherwise a function from a statement and a situation to a plan."""
+    """Remembers shapes; otherwise a function from a statement and a situation to a plan.
+
+    Attributes:
+        functions: what is known of them; replaced by the runtime when it has read more.
+    """
 
     topology: Topology
+    functions: Functions = BUILT_IN
     _shapes: OrderedDict[Any, Shape] = field(default_factory=OrderedDict)
 
     def describe(self, statement: Any, parameters: Any = None) -> Described:
@@ -153,21 +138,29 @@ class Planner:
         if cache_key is None:
             binds = _binds(statement)
             position = {bind.key: i for i, bind in enumerate(binds)}
-            shape = Shape(describe(statement, self.topology), position, _reads_entities(statement))
+            shape = self._shape(statement, position)
             return Described(statement, shape, binds, _given(_params(statement), parameters))
         found = self._shapes.get(cache_key.key)
-        if found is None:
+        if found is None or found.functions not in (None, self.functions):
             position = {bind.key: i for i, bind in enumerate(cache_key.bindparams)}
-            description = describe(statement, self.topology)
-            found = Shape(
-                description, position, _reads_entities(statement), _simple_key(description)
-            )
+            found = self._shape(statement, position)
             self._shapes[cache_key.key] = found
             while len(self._shapes) > SHAPES:
                 self._shapes.popitem(last=False)
         if cache_key.params:
             parameters = _given(cache_key.params, parameters)
         return Described(statement, found, cache_key.bindparams, parameters)
+
+    def _shape(self, statement: Any, position: Mapping[str, int]) -> Shape:
+        functions = self.functions
+        description = describe(statement, self.topology, functions)
+        return Shape(
+            description,
+            position,
+            _reads_entities(statement),
+            _simple_key(description),
+            functions=functions if description.calls else None,
+        )
 
     def merge(self, described: Described, found: Plan, code_points: bool) -> tuple[Rewritten, Plan]:
         """Return what every shard is sent with its merge, and the plan that tells of it.
@@ -244,35 +237,50 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
     """
     statement = described.shape.statement
     keyspace = statement.keyspace
+    kind = kind_of(statement, situation)
     if not keyspace.is_sharded:
         shard = keyspace.shards[0].name
         _check_named(situation, keyspace)
-        target = _target(shard, statement.kind, situation, rng)
-        return Plan(Tier.SINGLE, (target,), statement.kind.value, 0, statement.reasons)
+        target = target_of(shard, kind, situation, rng)
+        return _single(described, target, kind, 0, statement.reasons)
     shard_map = map_of(situation, keyspace)
-    found = _keyed(described, situation, shard_map, rng)
+    found = _keyed(described, situation, shard_map, kind, rng)
     if found is not None:
         return found
-    shards, reason = _shards(statement, described.value, situation, shard_map)
+    shards, reason = _shards(statement, described.value, situation, shard_map, kind)
     epoch = shard_map.epoch
     reasons = (*statement.reasons, reason)
     if len(shards) == 1:
-        target = _target(shards[0], statement.kind, situation, rng)
-        return Plan(Tier.SINGLE, (target,), statement.kind.value, epoch, reasons)
+        target = target_of(shards[0], kind, situation, rng)
+        return Plan(Tier.SINGLE, (target,), kind.value, epoch, reasons)
     if statement.placement is Placement.ANYWHERE:
-        targets = tuple(_target(shard, Kind.WRITE, situation, rng) for shard in shards)
-        return Plan(Tier.BROADCAST, targets, statement.kind.value, epoch, reasons)
-    targets = tuple(_target(shard, statement.kind, situation, rng) for shard in shards)
-    return Plan(Tier.SCATTER, targets, statement.kind.value, epoch, reasons)
+        targets = tuple(target_of(shard, Kind.WRITE, situation, rng) for shard in shards)
+        return Plan(Tier.BROADCAST, targets, kind.value, epoch, reasons)
+    targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
+    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons)
+
+
+def _single(
+    described: Described, target: Target, kind: Kind, epoch: int, reasons: tuple[str, ...]
+) -> Plan:
+    """Return the plan for one node, from memory if the shape was planned so before."""
+    plans = described.shape.plans
+    found = plans.get((target, epoch, kind))
+    if found is None:
+        found = Plan(Tier.SINGLE, (target,), kind.value, epoch, reasons)
+        if len(plans) >= PLANS:
+            plans.clear()
+        plans[target, epoch, kind] = found
+    return found
 
 
 def _keyed(
-    described: Described, situation: Situation, shard_map: ShardMap, rng: Random
+    described: Described, situation: Situation, shard_map: ShardMap, kind: Kind, rng: Random
 ) -> Plan | None:
     """Plan the most frequent statement, ``key = :parameter``, with the least work."""
     shape = described.shape
     key = shape.key
-    if key is None or situation.shard is not None:
+    if key is None or situation.demand.shard is not None:
         return None
     statement = shape.statement
     kinds = statement.occurrences[0].key.kinds
@@ -285,15 +293,12 @@ def _keyed(
         return None
     if value is None:
         return None
-    target = _target(shard_map.owner(bucket), statement.kind, situation, rng)
-    found = shape.plans.get((target, shard_map.epoch))
-    if found is None:
-        reasons = (*statement.reasons, _on_one_shard(statement))
-        found = Plan(Tier.SINGLE, (target,), statement.kind.value, shard_map.epoch, reasons)
-        if len(shape.plans) >= PLANS:
-            shape.plans.clear()
-        shape.plans[target, shard_map.epoch] = found
-    return found
+    target = target_of(shard_map.owner(bucket), kind, situation, rng)
+    found = shape.plans.get((target, shard_map.epoch, kind))
+    if found is not None:
+        return found
+    reasons = (*statement.reasons, _on_one_shard(statement))
+    return _single(described, target, kind, shard_map.epoch, reasons)
 
 
 def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: Random) -> Plan:
@@ -306,6 +311,7 @@ def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: 
     statement = described.shape.statement
     table = statement.insert
     assert table is not None
+    kind_of(statement, situation)
     shard_map = map_of(situation, statement.keyspace)
     rows: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -319,7 +325,7 @@ def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: 
             f"it reads shards {', '.join(sorted(read))}, the rows go to "
             f"{', '.join(sorted(shards))}; read the values first and insert them",
         )
-    targets = tuple(_target(shard, Kind.WRITE, situation, rng) for shard in shards)
+    targets = tuple(target_of(shard, Kind.WRITE, situation, rng) for shard in shards)
     tier = Tier.SINGLE if len(targets) == 1 else Tier.SPLIT
     reason = f"{len(keys)} row(s) placed by their key ({statement.key or table.name})"
     return Plan(
@@ -332,20 +338,12 @@ def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: 
     )
 
 
-def primary_target(shard: str, situation: Situation) -> Target:
-    """Return the primary of a shard, for a write that no statement describes (a flush).
-
-    Raises:
-        NoPrimary: none is known.
-    """
-    return _made(shard, _primary(shard, situation), True, True, "a write")
-
-
 def map_of(situation: Situation, keyspace: Keyspace) -> ShardMap:
     """Return the shard map of a keyspace.
 
     Raises:
         ShardMapUnavailable: it was never read.
+        OldMap: the session has seen a newer one.
     """
     found = situation.maps.get(keyspace.name)
     if found is None:
@@ -353,39 +351,45 @@ def map_of(situation: Situation, keyspace: Keyspace) -> ShardMap:
             f"keyspace {keyspace.name} has {len(keyspace.shards)} shards and no shard map; "
             "make one by router.create_all(metadata) or `sqlroute catalog install`"
         )
+    affinity = situation.affinity
+    if affinity.epoch > found.epoch:
+        ties = (affinity.of(shard.name) for shard in keyspace.shards)
+        epoch = max((tie.token.epoch for tie in ties if tie.token is not None), default=0)
+        if epoch > found.epoch:
+            raise OldMap(keyspace, epoch)
     return found
 
 
 def _check_named(situation: Situation, keyspace: Keyspace) -> None:
-    if situation.shard is not None and situation.shard not in keyspace.shard_names:
+    if situation.demand.shard is not None and situation.demand.shard not in keyspace.shard_names:
         raise PlanError(
-            f"sqlroute_shard={situation.shard!r} is no shard of keyspace {keyspace.name} "
+            f"sqlroute_shard={situation.demand.shard!r} is no shard of keyspace {keyspace.name} "
             f"({', '.join(keyspace.shard_names)})"
         )
 
 
 def _shards(
-    statement: Statement, values: Values, situation: Situation, shard_map: ShardMap
+    statement: Statement, values: Values, situation: Situation, shard_map: ShardMap, kind: Kind
 ) -> tuple[tuple[str, ...], str]:
     """Return the shards of a statement of a sharded keyspace, and why these."""
     keyspace = statement.keyspace
-    if situation.shard is not None:
+    if situation.demand.shard is not None:
         _check_named(situation, keyspace)
         if statement.target is not None and statement.placement is Placement.ANYWHERE:
             raise PlanError(
                 f"reference table {statement.target.fullname} is written on every shard, not on "
-                f"{situation.shard} alone; leave sqlroute_shard out"
+                f"{situation.demand.shard} alone; leave sqlroute_shard out"
             )
-        return (situation.shard,), "the caller named the shard"
+        return (situation.demand.shard,), "the caller named the shard"
     if statement.placement is Placement.UNPLACED:
         raise CrossShardRefused(
-            "text()" if statement.kind is Kind.UNKNOWN else "statement",
+            "text()" if statement.kind is Kind.UNKNOWN or statement.is_text else "statement",
             f"keyspace {keyspace.name} has {len(keyspace.shards)} shards and nothing says where "
             f"this belongs ({statement.reasons[0]}); name a shard by "
             "execution_options(sqlroute_shard=...)",
         )
     if statement.placement is Placement.ANYWHERE:
-        return _anywhere(statement, situation, shard_map)
+        return _anywhere(statement, situation, shard_map, kind)
     found = _holders(statement, values, shard_map)
     if not found:
         return (
@@ -419,17 +423,17 @@ def _on_one_shard(statement: Statement) -> str:
 
 
 def _anywhere(
-    statement: Statement, situation: Situation, shard_map: ShardMap
+    statement: Statement, situation: Situation, shard_map: ShardMap, kind: Kind
 ) -> tuple[tuple[str, ...], str]:
-    if statement.kind is Kind.READ or not statement.tables:
-        if statement.kind is not Kind.READ:
+    if kind is Kind.READ or not statement.tables:
+        if kind is not Kind.READ:
             raise CrossShardRefused(
                 "statement",
                 f"{statement.reasons[0]} and nothing says on which shard; name one by "
                 "execution_options(sqlroute_shard=...)",
             )
-        tied = next((s for s in shard_map.shards if situation.affinity.of(s).replica), None)
-        shard = tied or shard_map.shards[0]
+        last = situation.affinity.last
+        shard = last if last in shard_map.shards else shard_map.shards[0]
         return (shard,), "its tables are held in full on every shard"
     if statement.target is None:
         first = statement.keyspace.shard_names[0]
@@ -453,73 +457,9 @@ def _check_scatter(statement: Statement) -> None:
     if statement.hindrance is not None:
         clause, why = statement.hindrance
         raise CrossShardRefused(clause, f"{why}; restrict it to one shard by its key")
-    if statement.kind is not Kind.READ:
+    if statement.kind is not Kind.READ:  # vouched for or not: nobody knows how it would merge
         raise CrossShardRefused(
             "SELECT ... FOR UPDATE" if "lock" in statement.reasons[0] else "statement",
             f"{statement.reasons[0]}; on several shards only reads are merged; "
             "restrict it to one shard by its key",
         )
-
-
-def _target(shard: str, kind: Kind, situation: Situation, rng: Random) -> Target:
-    """Choose the node of one shard."""
-    tie = situation.affinity.of(shard)
-    if kind is not Kind.READ:
-        why = "a write" if kind is Kind.WRITE else "not proved to be a read"
-        return _made(shard, _primary(shard, situation), True, True, why)
-    if situation.affinity.explicit or tie.pinned:
-        why = "the transaction is open on the primary" if tie.pinned else "an explicit transaction"
-        return _made(shard, _primary(shard, situation), True, True, why)
-    policy = situation.policy
-    if policy.consistency is Consistency.STRONG:
-        return _made(shard, _primary(shard, situation), True, False, "consistency is strong")
-    found = candidates(
-        shard, situation.health, situation.topology, policy, tie.token, situation.exclude
-    )
-    for node in found.fresh:
-        if node.node == tie.replica:
-            return _made(shard, node.node, False, False, "the transaction reads from it")
-    if found.fresh:
-        node = choose(found.fresh, situation.loads, rng)
-        why = (
-            "a healthy replica"
-            if tie.token is None or policy.consistency is not Consistency.SESSION
-            else f"has replayed what {describe_token(tie.token)}"
-        )
-        return _made(shard, node.node, False, False, why)
-    if found.unproven and situation.may_wait:
-        raise Unproven(shard)
-    return _fallback(shard, found.reasons(), situation)
-
-
-def _fallback(shard: str, reasons: str, situation: Situation) -> Target:
-    """Send a read to the primary when no replica may take it."""
-    no_replicas = len(situation.topology.shard(shard).nodes) == 1
-    if not no_replicas and not situation.policy.primary_fallback:
-        raise NoEligibleNode(
-            f"no replica of shard {shard} may take the read: {reasons}; "
-            "set primary_fallback = true or raise max_lag"
-        )
-    why = "the shard has no replicas" if no_replicas else f"no replica may take it: {reasons}"
-    return _made(shard, _primary(shard, situation), True, False, why)
-
-
-def _primary(shard: str, situation: Situation) -> str:
-    primary = situation.health.primary(shard)
-    if primary is None or primary.node in situation.exclude:
-        states = ", ".join(
-            f"{node.name} just failed"
-            if node.name in situation.exclude
-            else f"{node.name} {_state(situation.health, node.name)}"
-            for node in situation.topology.shard(shard).nodes
-        )
-        raise NoPrimary(
-            f"shard {shard} has no primary now: {states}; try again or promote a node", shard
-        )
-    return primary.node
-
-
-def _state(health: Health, name: str) -> str:
-    node = health.of(name)
-    detail = node.refused or node.last_error
-    return f"is {node.state.value}" + (f" ({detail})" if detail else f" {node.role.value}")

@@ -18,13 +18,14 @@ from sqlalchemy.sql.schema import Table
 from sqlroute.errors import CrossShardRefused, MissingShardKey, PlanError, UnknownName
 from sqlroute.routing.blocks import ANY_BUCKET, Occurrence
 from sqlroute.routing.declare import shard_key
-from sqlroute.routing.functions import HARMLESS
+from sqlroute.routing.functions import BUILT_IN, Functions, Judgement, judge
 from sqlroute.routing.hashing import KeyKind
 from sqlroute.routing.planner import Described, Shape
+from sqlroute.routing.sqlfacts import TextFacts, nodes, sets_something, tree_facts
 from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree
 from sqlroute.routing.sqlvalues import Node, constant, read
-from sqlroute.routing.statement import Kind, Placement, Statement, describe
-from sqlroute.topology import Topology
+from sqlroute.routing.statement import Kind, Placement, Statement, describe, with_opaque
+from sqlroute.topology import Keyspace, Topology
 
 __all__ = ["Role", "TableInfo", "Tables", "TextStatement", "describe_text"]
 
@@ -53,6 +54,7 @@ def describe_text(
     tables: Tables,
     topology: Topology,
     parameters: Mapping[str, Any] = MappingProxyType({}),
+    functions: Functions = BUILT_IN,
 ) -> TextStatement:
     """Describe one statement given as text.
 
@@ -61,6 +63,7 @@ def describe_text(
         tables: what exists.
         parameters: their values by name, ``"1"`` for ``$1``; a text is read as the type of the
             column it is compared with, as PostgreSQL reads a quoted literal.
+        functions: what is known of them.
 
     Raises:
         PlanError: it is not one statement of valid SQL, or cannot be placed.
@@ -69,7 +72,9 @@ def describe_text(
     numbered, names = _numbered(sql)
     root = _parsed(numbered, sql)
     _check_names(parameters, names)
-    return _described(sql, root, Tree(tables, names, parameters), topology)
+    found = _described(sql, root, Tree(tables, names, parameters), topology, functions)
+    statement = replace(found.statement, sets=sets_something(sql), undecided=False)
+    return replace(found, statement=statement)
 
 
 # Text to tree
@@ -129,100 +134,48 @@ def _check_names(parameters: Mapping[str, Any], names: Mapping[int, str]) -> Non
 
 # What the whole tree says of reading and writing
 
-_PARTS = """
-    A_ArrayExpr A_Const A_Expr A_Indices A_Indirection A_Star Alias BitString BoolExpr Boolean
-    BooleanTest CaseExpr CaseWhen CoalesceExpr CollateClause ColumnRef CommonTableExpr Float
-    FuncCall GroupingFunc GroupingSet Integer JoinExpr List MinMaxExpr NamedArgExpr NullTest
-    ParamRef RangeFunction RangeSubselect RangeVar ResTarget RowExpr SQLValueFunction SelectStmt
-    SortBy String SubLink TypeCast TypeName WindowDef WithClause
-    MultiAssignRef SetToDefault InferClause MergeWhenClause"""
-_HARMLESS_NODES = frozenset(_PARTS.split())
-"""Nodes that do nothing by themselves; the last line are parts of what writes anyway."""
 
-_WRITES = {
-    "InsertStmt": "INSERT writes",
-    "UpdateStmt": "UPDATE writes",
-    "DeleteStmt": "DELETE writes",
-    "MergeStmt": "MERGE writes",
-}
-_SEQUENCES = frozenset({"nextval", "setval"})
-
-
-def _nodes(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of every named node, in the order of the text."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if name[:1].isupper():
-                yield name, value
-            elif name in ("lockingClause", "intoClause"):
-                yield name, value
-                continue
-            yield from _nodes(value)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from _nodes(item)
-
-
-def _verdict(root: Node) -> tuple[Kind, tuple[str, ...]]:
-    writes: list[str] = []
-    unknown: list[str] = []
-    for name, value in _nodes(root):
-        if name in _WRITES:
-            writes.append(_WRITES[name])
-        elif name == "lockingClause":
-            writes.append("FOR UPDATE or FOR SHARE locks rows")
-        elif name == "intoClause":
-            writes.append("SELECT INTO makes a table")
-        elif name == "FuncCall":
-            _note_function([part["String"].get("sval", "") for part in value["funcname"]],
-                           writes, unknown)  # fmt: skip
-        elif name not in _HARMLESS_NODES:
-            unknown.append(f"{_words(name)} cannot be proved to be a read")
-    if writes:
-        return Kind.WRITE, tuple(dict.fromkeys(writes))
-    if unknown:
-        return Kind.UNKNOWN, tuple(dict.fromkeys(unknown))
+def _verdict(facts: TextFacts, judged: Judgement) -> tuple[Kind, tuple[str, ...]]:
+    if facts.writes:
+        return Kind.WRITE, facts.writes
+    if unknown := (*facts.unknown, *judged.unknown):
+        return Kind.UNKNOWN, unknown
     return Kind.READ, ("a SELECT of known parts",)
-
-
-def _note_function(path: list[str], writes: list[str], unknown: list[str]) -> None:
-    name, schema = path[-1], path[:-1]
-    if name in _SEQUENCES and schema in ([], ["pg_catalog"]):
-        writes.append(f"{name}() advances a sequence")
-    elif name not in HARMLESS or schema not in ([], ["pg_catalog"]):
-        unknown.append(f"function {'.'.join(path)}() is not known to be read-only")
-
-
-def _words(node: str) -> str:
-    """``VariableSetStmt`` as ``VARIABLE SET``."""
-    return " ".join(re.findall("[A-Z][a-z]+|[A-Z]+(?![a-z])", node.removesuffix("Stmt"))).upper()
 
 
 # The description
 
 
-def _described(sql: str, root: Node, tree: Tree, topology: Topology) -> TextStatement:
-    kind, reasons = _verdict(root)
+def _described(
+    sql: str, root: Node, tree: Tree, topology: Topology, functions: Functions
+) -> TextStatement:
+    facts = tree_facts(root)
     (name, body), *_ = root.items()
     if name not in ("SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt"):
-        return TextStatement(sql, _unplaced(kind, reasons, tree, topology), {})
+        keyspace = _keyspace(tree, topology)
+        kind, reasons = _verdict(facts, judge(facts.calls, keyspace.name, functions))
+        return TextStatement(sql, _unplaced(kind, reasons, tree, keyspace), {})
     target = tree.table(tree.info(body["relation"])) if "relation" in body else None
     core = tree.query(body) if target is None else tree.written(body)
     unfollowed = _unfollowed(root, tree)
     _check_target(target, tree)
+    keyspace = _keyspace(tree, topology)
+    judged = judge(facts.calls, keyspace.name, functions)
+    kind, reasons = _verdict(facts, judged)
     unknown = [info for info in tree.used.values() if info.role is Role.UNKNOWN]
     if unknown:
         if kind is Kind.READ:
             kind, reasons = Kind.UNKNOWN, ()
         reasons = (*reasons, *(f"{info.name} is {info.why}" for info in unknown))
-    if unknown or any(name == "intoClause" for name, _ in _nodes(root)):
-        return TextStatement(sql, _unplaced(kind, reasons, tree, topology), {})
+    if unknown or any(name == "intoClause" for name, _ in nodes(root)):
+        return TextStatement(sql, _unplaced(kind, reasons, tree, keyspace), {})
     found = _with_unfollowed(describe(core, topology), unfollowed, tree)
     reasons = (*reasons, *_assumptions(found, tree))
     found = replace(found, kind=kind, reasons=reasons, target=target)
     if kind is Kind.READ and not found.tables:
         # what the tree holds opaque is proved harmless here, so nothing ties it to a shard
         found = replace(found, placement=Placement.ANYWHERE)
+    found = with_opaque(found, judged.opaque)
     rows = None
     if name == "InsertStmt":
         found = replace(found, insert=target, occurrences=())  # its rows carry the keys
@@ -232,17 +185,20 @@ def _described(sql: str, root: Node, tree: Tree, topology: Topology) -> TextStat
     return TextStatement(sql, found, tree.values, rows)
 
 
-def _unplaced(kind: Kind, reasons: tuple[str, ...], tree: Tree, topology: Topology) -> Statement:
+def _keyspace(tree: Tree, topology: Topology) -> Keyspace:
     keyspaces = {info.keyspace for info in tree.used.values() if info.keyspace}
     name = next(iter(keyspaces)) if len(keyspaces) == 1 else None
-    keyspace = topology.keyspace(name) if name else topology.default
+    return topology.keyspace(name) if name else topology.default
+
+
+def _unplaced(kind: Kind, reasons: tuple[str, ...], tree: Tree, keyspace: Keyspace) -> Statement:
     placement = Placement.UNPLACED if keyspace.is_sharded else Placement.ANYWHERE
     return Statement(kind, reasons, keyspace, placement, tuple(tree.used))
 
 
 def _unfollowed(root: Node, tree: Tree) -> list[TableInfo]:
     """Return the sharded tables in places that were not rebuilt."""
-    ctes = {value["ctename"] for name, value in _nodes(root) if name == "CommonTableExpr"}
+    ctes = {value["ctename"] for name, value in nodes(root) if name == "CommonTableExpr"}
     found = []
     for node in _relations(root):
         name = node["relname"]

@@ -1,22 +1,33 @@
 """Describe a statement once per shape: what it does, which tables, which buckets, what hinders.
 
 It looks at the SELECT that SQLAlchemy will render, with the ORM's joins, aliases and loader
-criteria already in it, and never at SQL text. A description holds no values, so that it serves
-every execution of the same shape (see :class:`sqlroute.routing.planner.Planner`).
+criteria already in it. Of SQL text it asks :mod:`sqlroute.routing.sqlfacts` whether it is a read,
+never where its rows are. A description holds no values, so that it serves every execution of the
+same shape (see :class:`sqlroute.routing.planner.Planner`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.dml import Delete, Insert, Update, UpdateBase
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause, TextClause
+from sqlalchemy.sql.elements import (
+    AbstractTextClause,
+    BinaryExpression,
+    BindParameter,
+    ClauseElement,
+    ColumnClause,
+    TextClause,
+    UnaryExpression,
+    quoted_name,
+)
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.schema import Sequence, Table
 from sqlalchemy.sql.selectable import (
     CompoundSelect,
@@ -29,11 +40,17 @@ from sqlalchemy.sql.selectable import (
 from sqlroute.errors import CrossShardRefused, UndeclaredTable
 from sqlroute.routing.blocks import Occurrence, extra_froms, occurrences
 from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
-from sqlroute.routing.functions import HARMLESS
+from sqlroute.routing.functions import BUILT_IN, SEQUENCES, FunctionName, Functions, judge
 from sqlroute.routing.keys import reference_dialect
+from sqlroute.routing.sqlfacts import (
+    TextFacts,
+    fragment_facts,
+    is_system_table,
+    source_facts,
+    statement_facts,
+    why_system,
+)
 from sqlroute.topology import Keyspace, Topology
-
-TEXT = "text() cannot be proved to be a read"
 
 
 class Kind(Enum):
@@ -65,6 +82,11 @@ class Statement:
         hindrance: why it can never be scattered, as (clause, why), or ``None``.
         insert: the table of an INSERT, whose rows carry the keys.
         target: the table that a DML statement writes.
+        sets: it is a ``SET``, ``RESET`` or ``set_config`` sent by hand, which reaches one
+            connection only.
+        is_text: some of it is text, and what that reads is not looked into.
+        calls: its kind hangs on what functions do.
+        undecided: one of them no list and no catalog knows; a catalog read now might.
     """
 
     kind: Kind
@@ -76,6 +98,10 @@ class Statement:
     hindrance: tuple[str, str] | None = None
     insert: Table | None = field(default=None, compare=False)
     target: Table | None = field(default=None, compare=False)
+    sets: bool = False
+    is_text: bool = False
+    calls: bool = False
+    undecided: bool = False
 
     @property
     def key(self) -> ShardKey | None:
@@ -84,8 +110,11 @@ class Statement:
         return self.occurrences[0].key if self.occurrences else None
 
 
-def describe(statement: Any, topology: Topology) -> Statement:
+def describe(statement: Any, topology: Topology, functions: Functions = BUILT_IN) -> Statement:
     """Describe a statement, without its values.
+
+    Args:
+        functions: what is known of them.
 
     Raises:
         UndeclaredTable: a table of a keyspace with several shards declares nothing.
@@ -94,17 +123,34 @@ def describe(statement: Any, topology: Topology) -> Statement:
     """
     if isinstance(statement, Sequence):
         return _unplaced(topology, Kind.WRITE, "a sequence is advanced on the primary")
-    if isinstance(statement, TextClause):
-        return _unplaced(topology, Kind.UNKNOWN, TEXT)
     core = _as_rendered(statement)
-    if not isinstance(core, SelectBase | UpdateBase | FunctionElement):
+    if not isinstance(core, SelectBase | UpdateBase | FunctionElement | TextClause):
         what = type(statement).__name__
         return _unplaced(topology, Kind.UNKNOWN, f"{what} cannot be proved to be a read")
     facts = _walk(core)
-    if isinstance(core, TextualSelect):
-        _hide(TEXT, facts)
     keyspace = _keyspace(facts.tables, topology)
-    return _describe(core, facts, keyspace)
+    judged = judge(facts.calls, keyspace.name, functions)
+    facts.unknown += judged.unknown
+    found = with_opaque(_describe(core, facts, keyspace), judged.opaque)
+    if not (facts.calls or facts.sets or facts.is_text):
+        return found
+    return replace(
+        found,
+        sets=facts.sets,
+        is_text=facts.is_text,
+        calls=bool(facts.calls),
+        undecided=judged.undecided and found.kind is Kind.UNKNOWN,
+    )
+
+
+def with_opaque(found: Statement, call: str | None) -> Statement:
+    """Keep on one shard what calls a function that may look at rows of its own choice."""
+    if call is None or not found.keyspace.is_sharded or found.kind is not Kind.READ:
+        return found
+    why = f"function {call} may read tables, and each shard has its own rows"
+    if found.placement is Placement.ANYWHERE:
+        return replace(found, placement=Placement.UNPLACED, reasons=(why, *found.reasons))
+    return replace(found, hindrance=found.hindrance or (call, why))
 
 
 def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
@@ -217,9 +263,12 @@ class _Facts:
 
     Attributes:
         tables: read or written.
+        calls: its functions, but for those that advance a sequence.
         written: the target of each INSERT, UPDATE and DELETE.
         writes, unknown: why it is no read, or not proved to be one.
         hidden: what may read tables that nobody sees.
+        sets: it changes a setting of its connection.
+        is_text: some of it is text that may read tables.
     """
 
     tables: set[Table] = field(default_factory=set)
@@ -227,6 +276,9 @@ class _Facts:
     writes: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    calls: list[FunctionName] = field(default_factory=list)
+    sets: bool = False
+    is_text: bool = False
 
     def verdict(self) -> tuple[Kind, tuple[str, ...]]:
         if self.writes:
@@ -238,23 +290,34 @@ class _Facts:
 
 def _walk(core: Any) -> _Facts:
     facts = _Facts()
+    facts_of: dict[int, Callable[[str], TextFacts]] = {}  # of text that is more than expressions
+    if isinstance(core, TextClause):
+        facts_of[id(core)] = _statement_reader(core)
     for element in _elements(core):
         if isinstance(element, Table):
             facts.tables.add(_plain(element))
+            _note_table(element, facts)
         elif isinstance(element, UpdateBase):
             _note_dml(element, facts)
         elif isinstance(element, Select | CompoundSelect):
             _note_select(element, facts)
+            facts_of |= {id(text): source_facts for text in _texts_in_from(element)}
         elif isinstance(element, TextualSelect):
-            _hide(TEXT, facts)
+            if isinstance(element.element, TextClause):
+                facts_of[id(element.element)] = _statement_reader(element.element)
         elif isinstance(element, TableClause):
             facts.hidden.append(f"table {element.name} is known by name only; use its Table")
+            _note_table(element, facts)
         elif isinstance(element, FunctionElement):
             _note_function(element, facts)
         elif isinstance(element, TextClause):
-            _note_text(element.text, facts)
+            _note_text(element.text, facts, facts_of.get(id(element)))
+        elif isinstance(element, AbstractTextClause):
+            _hide(f"{type(element).__name__} cannot be proved to be a read", facts)
         elif isinstance(element, ColumnClause) and element.is_literal and element.name != "*":
             _note_text(element.name, facts)
+        elif isinstance(element, BinaryExpression | UnaryExpression):
+            _note_operator(element, facts)
         if hasattr(type(element), "_compiler_dispatcher"):
             what = type(element).__name__
             facts.unknown.append(f"{what}, compiled by @compiles, is not known to be read-only")
@@ -262,8 +325,12 @@ def _walk(core: Any) -> _Facts:
 
 
 def _elements(core: Any) -> Iterator[Any]:
-    """Yield every element, also what DML reads besides its table, and what it returns."""
+    """Yield every element, also what DML reads besides its table, and what it returns.
+
+    A parent comes before what is in it.
+    """
     seen: set[int] = set()
+    added: list[Any] = []  # kept alive, so that no other element gets the identity of one
     stack = [core]
     while stack:
         for element in visitors.iterate(stack.pop()):
@@ -273,17 +340,40 @@ def _elements(core: Any) -> Iterator[Any]:
             yield element
             if isinstance(element, UpdateBase):
                 stack += [*extra_froms(element), *getattr(element, "_returning", ())]
+            elif isinstance(element, BindParameter | Select):
+                added += _added_by_types(element)
+    for expression in added:
+        yield from visitors.iterate(expression)
+
+
+def _added_by_types(element: BindParameter[Any] | Select[Any]) -> Iterator[Any]:
+    """Yield what the types of values sent and columns fetched add when SQL is rendered."""
+    dialect = reference_dialect()
+    if isinstance(element, BindParameter):
+        sent: Any = element.type.dialect_impl(dialect)
+        if sent._has_bind_expression:
+            yield sent.bind_expression(element)
+        return
+    for column in element._all_selected_columns:
+        type_ = getattr(column, "type", None)
+        if type_ is not None:
+            fetched: Any = type_.dialect_impl(dialect)
+            if fetched._has_column_expression:
+                yield fetched.column_expression(column)
 
 
 def _note_select(element: Select[Any] | CompoundSelect[Any], facts: _Facts) -> None:
     if element._for_update_arg is not None:
         facts.writes.append("FOR UPDATE or FOR SHARE locks rows")
-    if any(isinstance(source, TextClause) for source in getattr(element, "_from_obj", ())):
-        _hide("a table is given as text()", facts)
     if getattr(element, "_suffixes", ()) or getattr(element, "_statement_hints", ()):
         _hide("a suffix or hint is text", facts)
     for prefix, _ in getattr(element, "_prefixes", ()):
         _note_text(getattr(prefix, "text", "()"), facts)
+
+
+def _texts_in_from(element: Select[Any] | CompoundSelect[Any]) -> list[Any]:
+    sources = getattr(element, "_from_obj", ())
+    return [source for source in sources if isinstance(source, TextClause)]
 
 
 def _hide(reason: str, facts: _Facts) -> None:
@@ -297,6 +387,11 @@ def _plain(table: Table) -> Table:
     return plain if isinstance(plain, Table) else table
 
 
+def _note_table(element: TableClause, facts: _Facts) -> None:
+    if is_system_table(element.schema, element.name):
+        facts.unknown.append(why_system(element.name))
+
+
 def _note_dml(element: UpdateBase, facts: _Facts) -> None:
     verb = type(element).__name__.replace("Annotated", "").upper()
     facts.writes.append(f"{verb} writes" if isinstance(element, Insert | Update | Delete) else verb)
@@ -307,18 +402,67 @@ def _note_dml(element: UpdateBase, facts: _Facts) -> None:
 
 
 def _note_function(element: FunctionElement[Any], facts: _Facts) -> None:
-    name = str(getattr(element, "name", None) or type(element).__name__).lower()
-    packages = getattr(element, "packagenames", ())
-    if name in ("nextval", "setval", "next_value"):
+    name = _stored(getattr(element, "name", None) or type(element).__name__)
+    if name in SEQUENCES:
         facts.writes.append(f"{name}() advances a sequence")
-    elif name not in HARMLESS or (packages and packages != ("pg_catalog",)):
-        facts.unknown.append(f"function {name}() is not known to be read-only")
+        return
+    schema = ".".join(_stored(part) for part in getattr(element, "packagenames", ()))
+    facts.calls.append((schema, name))
+    facts.sets |= name == "set_config"
 
 
-_SIMPLE_TEXT = re.compile(r"(?!.*\b(select|table|values)\b)[^();]*", re.IGNORECASE | re.DOTALL)
+def _stored(name: str) -> str:
+    """Return a name as PostgreSQL stores it: in lower case, where SQLAlchemy does not quote it."""
+    is_quoted = isinstance(name, quoted_name) and name.quote is not False
+    if is_quoted or re.fullmatch(r"[A-Za-z0-9_$]+", name) is None:
+        return str(name)
+    return name.lower()
 
 
-def _note_text(text: str, facts: _Facts) -> None:
-    """A fragment without calls and subqueries, such as ``x DESC``, hides nothing."""
-    if _SIMPLE_TEXT.fullmatch(text) is None:
-        _hide(f"text {text[:40]!r} cannot be proved to be a read", facts)
+_OPERATOR = re.compile(
+    r"[^\w\s();'\"]+|[A-Za-z ]+|OPERATOR\s*\([\w.]*[^\w\s();'\"]+\)", re.IGNORECASE
+)
+
+
+def _note_operator(element: BinaryExpression[Any] | UnaryExpression[Any], facts: _Facts) -> None:
+    """An operator given by ``.op(...)`` is rendered as it is written, whatever that is."""
+    is_unary = isinstance(element, UnaryExpression)
+    for operator in (element.operator, element.modifier if is_unary else None):
+        if isinstance(operator, custom_op) and not _OPERATOR.fullmatch(operator.opstring.strip()):
+            short = operator.opstring[:40]
+            _hide(f"operator {short!r} cannot be proved to be a read", facts)
+
+
+def _statement_reader(text: TextClause) -> Callable[[str], TextFacts]:
+    lists = [name for name, bind in text._bindparams.items() if bind.expanding]
+    return lambda sql: statement_facts(sql, lists)
+
+
+_SIMPLE_TEXT = re.compile(
+    r"(?!.*\b(select|table|values|for|into)\b)[^();]*", re.IGNORECASE | re.DOTALL
+)
+
+
+def _note_text(
+    text: str, facts: _Facts, facts_of: Callable[[str], TextFacts] | None = None
+) -> None:
+    """Note what a text does.
+
+    Args:
+        facts_of: reads a text that is more than a part of expressions. Such a part without calls
+            and subqueries, as ``x DESC``, hides nothing.
+    """
+    if facts_of is None:
+        if _SIMPLE_TEXT.fullmatch(text) is not None:
+            return
+        facts_of = fragment_facts
+    found = facts_of(text)
+    facts.writes += found.writes
+    facts.unknown += found.unknown
+    facts.calls += found.calls
+    facts.sets |= found.sets
+    is_bare = not (found.writes or found.unknown or found.has_tables)
+    if not is_bare or facts_of is fragment_facts:
+        short = " ".join(text.split())[:40]
+        facts.is_text = True
+        facts.hidden += found.unknown or (f"which rows {short!r} reads is not looked into",)

@@ -22,7 +22,7 @@ from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only
 
 from sqlroute.errors import InDoubtCommit, TopologyError
-from sqlroute.routing.affinity import parse_lsn
+from sqlroute.routing.token import parse_lsn
 
 GROUP = "sqlroute.group"
 COMMIT_WITH_LSN = """SELECT current_setting('synchronous_commit'); COMMIT; SELECT
@@ -50,7 +50,7 @@ class CommitGroup:
     """The primaries enlisted in one transaction of a session.
 
     Attributes:
-        lsns: after the commit, the position of each shard that wrote.
+        lsns: after the commit, a position of each shard that covers all the transaction saw.
     """
 
     def __init__(self) -> None:
@@ -96,11 +96,14 @@ class CommitGroup:
             self._commit_all(writers)
             for shard, member in self._connections.items():
                 if shard not in self._wrote:
-                    _run(member, "COMMIT")
+                    self._commit_one(shard, member)
             return
         shard = next(s for s, member in self._connections.items() if member is connection)
+        self._commit_one(shard, connection)
+
+    def _commit_one(self, shard: str, connection: Any) -> None:
         lsn = commit_with_lsn(connection)
-        if lsn is not None and shard in self._wrote:
+        if lsn is not None:
             self.lsns[shard] = lsn
 
     def _check_alive(self, writers: list[str]) -> None:

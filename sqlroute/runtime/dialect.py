@@ -45,6 +45,12 @@ def _stop_reading(connection: Any) -> None:
         _set_autocommit(connection, False)
 
 
+def _in_transaction(connection: Any) -> bool:
+    """Say if a transaction is open: of a read with settings, begun by hand."""
+    driver = connection.driver_connection
+    return driver is not None and driver.pgconn.transaction_status != 0
+
+
 def _set_autocommit(connection: Any, value: bool) -> None:
     found = connection.driver_connection.set_autocommit(value)
     if connection.dbapi_connection is not connection.driver_connection:
@@ -81,6 +87,17 @@ class _Doors(PGDialect_psycopg):
         _stop_reading(connection.connection)
         super().do_begin_twophase(connection, xid)  # type: ignore[no-untyped-call]
 
+    def do_prepare_twophase(self, connection: Any, xid: Any) -> None:
+        try:
+            super().do_prepare_twophase(connection, xid)  # type: ignore[no-untyped-call]
+        except Exception:
+            # psycopg 3.3 takes it for prepared already, and its ROLLBACK PREPARED would be the
+            # error that the application sees
+            driver = connection.connection.driver_connection
+            if getattr(driver, "_tpc", None):
+                driver._tpc = (driver._tpc[0], False)
+            raise
+
     def do_commit(self, dbapi_connection: Any) -> None:
         group = group_of(dbapi_connection)
         if group is None:
@@ -90,7 +107,7 @@ class _Doors(PGDialect_psycopg):
 
     def do_rollback(self, dbapi_connection: Any) -> None:
         if isinstance(dbapi_connection, _ConnectionFairy):
-            if dbapi_connection.info.pop(READING, False):
+            if dbapi_connection.info.pop(READING, False) and not _in_transaction(dbapi_connection):
                 return  # nothing was begun
             CommitGroup.leave(dbapi_connection)
             if is_lost(dbapi_connection):  # lost in a commit: the server has rolled back long since

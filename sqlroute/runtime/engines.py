@@ -11,8 +11,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -21,12 +22,16 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlroute.errors import StaleShardMap
 from sqlroute.routing.policy import Policy
 from sqlroute.runtime.scatter import cut
+from sqlroute.runtime.settings import with_begin
 from sqlroute.topology import Node, Topology
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
 
-DriverError = Callable[[str, BaseException], None]
+DriverError = Callable[[str, BaseException], bool]
+"""Told of a node that failed; says whether it counts against the node."""
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 GONE = frozenset({"57P01", "57P02", "57P03", "25006"})
 """SQLSTATEs after which a node must be looked at anew: shutting down, or no primary (any more)."""
@@ -37,7 +42,8 @@ class Engines:
 
     Attributes:
         is_async: whether connections need an event loop.
-        loads: statements under way per node; only a hint for choosing.
+        loads: the reads under way per node; its length is the hint for choosing.
+        answered: how many reads each node has answered; threads may lose a count.
     """
 
     def __init__(
@@ -50,14 +56,14 @@ class Engines:
         on_stale_map: Callable[[str], None],
     ) -> None:
         self.is_async = is_async
-        self.loads: dict[str, int] = {}
+        self.loads: dict[str, set[object]] = {}
+        self.answered: dict[str, int] = {}
         self._topology = topology
         self._policy = policy
         self._on_failure = on_failure
         self._on_stale_map = on_stale_map
         self._engines: dict[str, Engine] = {}
         self._asyncs: dict[str, Any] = {}
-        self._busy: dict[str, set[Any]] = {}
         self._names: dict[Engine, str] = {}
         self._lock = threading.Lock()
         _fork_aware.add(self)
@@ -77,29 +83,29 @@ class Engines:
         return self._names.get(engine)
 
     @contextmanager
-    def reading(self, node: str) -> Iterator[Connection]:
+    def reading(self, node: str, settings: Mapping[str, str] = _NONE) -> Iterator[Connection]:
         """Lend an AUTOCOMMIT connection for one read; it goes back when the block ends.
+
+        With settings it is in a transaction that has them; the pool's reset ends that.
 
         psycopg's client-side cursor has all rows by then, so the result outlives the block.
         """
         from sqlroute.runtime.dialect import start_reading
 
-        loads = self.loads
-        loads[node] = loads.get(node, 0) + 1
+        connection = self.engine(node).connect()
+        fairy = connection.connection
+        driver = fairy.driver_connection
+        busy = self.loads[node]
+        busy.add(driver)  # one step for the interpreter, where += is three: threads meet here
         try:
-            connection = self.engine(node).connect()
-            fairy = connection.connection
-            driver = fairy.driver_connection
-            busy = self._busy[node]
-            busy.add(driver)
             start_reading(fairy)
-            try:
-                yield connection
-            finally:
-                busy.discard(driver)
-                connection.close()
+            if settings:
+                connection.exec_driver_sql(with_begin(settings))
+            yield connection
+            self.answered[node] += 1
         finally:
-            loads[node] -= 1
+            busy.discard(driver)
+            connection.close()
 
     def expire(self, node: str) -> None:
         """Have all pooled connections of a node replaced when they are next checked out.
@@ -112,7 +118,7 @@ class Engines:
 
     def cut_reads(self, node: str) -> int:
         """Cut the sockets of reads under way on a node; return how many there were."""
-        drivers = list(self._busy.get(node, ()))
+        drivers: list[Any] = list(self.loads.get(node, ()))
         for driver in drivers:
             cut(driver)
         return len(drivers)
@@ -138,9 +144,8 @@ class Engines:
     def _take(self) -> list[Engine]:
         with self._lock:
             engines = list(self._engines.values())
-            for table in (self._engines, self._asyncs, self._busy, self._names):
+            for table in (self._engines, self._asyncs, self.loads, self._names):
                 table.clear()
-            self.loads.clear()
         return engines
 
     def _make(self, name: str) -> Engine:
@@ -149,7 +154,8 @@ class Engines:
             if name not in self._engines:
                 engine, asynchronous = self._create(node)
                 self._listen(engine, name)
-                self._busy[name] = set()
+                self.loads[name] = set()
+                self.answered.setdefault(name, 0)
                 self._asyncs[name] = asynchronous
                 self._names[engine] = name
                 self._engines[name] = engine
@@ -186,8 +192,7 @@ class Engines:
                 return None
             state = getattr(error, "sqlstate", None)
             if context.is_disconnect or state in GONE or context.connection is None:
-                on_failure(name, error)
-                if state is not None:
+                if on_failure(name, error) and state is not None:
                     context.is_disconnect = True
             elif state == "23514" and "no partition of relation" in str(error):
                 on_stale_map(name)

@@ -73,7 +73,7 @@ def bench(directory: Path, shards: int, replicas: int) -> Iterator[Bench]:
                 rows = [{"id": i, "name": f"account {i}"} for i in range(ROWS)]
                 session.execute(insert(Account), rows)
                 session.commit()
-                token = {token.shard: token.lsn for token in session.tokens}
+                token = {token.shard: token.lsn for token in session.token.positions}
             _await(router, token)
             table = Base.metadata.tables["account"]
             shard_of = {i: router.locate(table, (i,))[1] for i in range(ROWS)}

@@ -70,8 +70,8 @@ class TestAtomicity:
         session.commit()
 
         assert customers(shop) == (1, 1)
-        assert {token.shard for token in session.tokens} == {"s0", "s1"}
-        assert all(token.lsn > 0 and token.timeline == 1 for token in session.tokens)
+        assert {token.shard for token in session.token.positions} == {"s0", "s1"}
+        assert all(token.lsn > 0 and token.timeline == 1 for token in session.token.positions)
 
     def test_one_shard_commits_in_one_phase(
         self, shop: Shop, session: RoutingSession, monkeypatch: pytest.MonkeyPatch
@@ -98,7 +98,7 @@ class TestAtomicity:
         zero = shop.keys("s0")[0]
         session.add(Customer(id=zero, name="x"))
         session.commit()
-        (token,) = session.tokens
+        (token,) = session.token.positions
 
         (written,) = shop.on("s0", f"SELECT pg_current_wal_lsn() >= '{_lsn(token.lsn)}'::pg_lsn")
         assert written == (True,)
@@ -107,7 +107,7 @@ class TestAtomicity:
             session.execute(sa.update(Customer).where(Customer.id == zero).values(name="y")),
         )
         session.commit()
-        assert session.tokens[0].lsn > first
+        assert session.token.positions[0].lsn > first
 
     @pytest.mark.parametrize("shard", ["s0", "s1"])
     def test_a_violation_at_commit_leaves_nothing(
@@ -274,7 +274,7 @@ class TestRecovery:
         session.commit()
 
         assert customers(shop) == (1, 1)
-        assert {token.shard for token in session.tokens} == {"s0", "s1"}
+        assert {token.shard for token in session.token.positions} == {"s0", "s1"}
 
     def test_two_recoveries_do_not_disturb_each_other(self, shop: Shop) -> None:
         """Each finishes what the other has not."""

@@ -54,7 +54,7 @@ def run(shop: Shop, make_router: Callable[..., Router]) -> Callable[..., None]:
                 engines = router.engines(is_async=True)._engines.values()
                 held = [e for e in engines if e.pool.checkedout()]  # type: ignore[attr-defined]
                 assert held == [], "a connection was not given back"
-                assert set(router.engines(is_async=True).loads.values()) <= {0}
+                assert not any(router.engines(is_async=True).loads.values())
             finally:
                 await router.aclose()
 
@@ -115,7 +115,7 @@ def test_own_writes_are_seen(held: Shop, run: Callable[..., None]) -> None:
             found = (await session.scalars(loaded.order_by(Customer.id))).all()
             assert [len(c.orders) for c in found] == [1, 1]
             assert {c.country.name for c in found if c.country} == {"Germany"}
-            assert {token.shard for token in session.tokens} == {"s0", "s1"}
+            assert {token.shard for token in (await session.token).positions} == {"s0", "s1"}
 
     run(body)
 

@@ -14,9 +14,10 @@ from sqlroute.health import Health, Observation, observe
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.plan import Plan
-from sqlroute.routing.planner import Planner, Situation, plan, plan_rows
-from sqlroute.routing.policy import Policy
+from sqlroute.routing.planner import Planner, plan, plan_rows
+from sqlroute.routing.policy import Demand, Policy
 from sqlroute.routing.rows import keyed_rows
+from sqlroute.routing.target import Situation
 from sqlroute.topology import Keyspace, Node, Shard, ShardMap, Topology
 
 CASES = Path(__file__).parent.parent / "cases"
@@ -82,7 +83,14 @@ def health(of: Topology, facts: Mapping[str, Mapping[str, Any]] | None = None) -
 
 
 def situation(of: Topology, **changes: Any) -> Situation:
-    """Make the situation in which all is well, then change it."""
+    """Make the situation in which all is well, then change it.
+
+    ``loads`` are numbers; ``shard``, ``role``, ``intent`` and ``snapshot`` are demands.
+    """
+    names = ("shard", "role", "intent", "snapshot")
+    demands = {name: changes.pop(name) for name in names if name in changes}
+    policy = changes.get("policy", Policy())
+    changes["loads"] = {n: range(count) for n, count in changes.get("loads", {}).items()}
     maps = {k.name: ShardMap.even(k) for k in of.keyspaces if k.is_sharded}
     values: dict[str, Any] = {
         "topology": of,
@@ -90,7 +98,7 @@ def situation(of: Topology, **changes: Any) -> Situation:
         "health": health(of),
         "maps": maps,
         "affinity": Affinity(),
-        "loads": {},
+        "demand": Demand(policy.consistency, **demands),
         **changes,
     }
     return Situation(**values)
@@ -114,7 +122,7 @@ def planned(
         target is not None
         and keyspace.is_sharded
         and isinstance(declaration(target), Sharded)
-        and of.shard is None
+        and of.demand.shard is None
     ):
         _, keys = keyed_rows(described.statement, parameters)
         return plan_rows(described, keys, of, rng)

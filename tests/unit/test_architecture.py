@@ -22,7 +22,7 @@ ORDER = [
     {"config"},
     {"runtime"},
     {"catalog"},
-    {"results", "references", "execution", "router", "session", "session_async", "local"},
+    {"results", "references", "stale", "execution", "router", "session", "session_async", "local"},
     {"testing", "demo"},
     {"cli"},
 ]

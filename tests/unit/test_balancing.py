@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 from planning import health, topology
 
-from sqlroute.routing.affinity import Token
-from sqlroute.routing.balancing import Candidates, candidates, choose, describe_token
+from sqlroute.routing.balancing import (
+    Candidates,
+    Required,
+    candidates,
+    choose,
+    describe_token,
+    floor_of,
+    has_replayed,
+    patience,
+)
 from sqlroute.routing.policy import Consistency, Policy
+from sqlroute.routing.token import Position
 from sqlroute.topology import Keyspace, Node, Shard, Topology
 
 OF = topology(main="abcd")
@@ -22,14 +31,17 @@ EVENTUAL = Policy(consistency=Consistency.EVENTUAL)
 def sort(
     policy: Policy = SESSION,
     *,
-    token: Token | None = None,
+    token: Position | None = None,
+    node: str | None = None,
+    floor: Position | None = None,
     exclude: str = "",
     of: Topology = OF,
     **facts: dict[str, Any],
 ) -> Candidates:
     known = health(of, {f"main-{letter}": fact for letter, fact in facts.items()})
     excluded = frozenset(f"main-{letter}" for letter in exclude)
-    return candidates("main", known, of, policy, token, excluded)
+    required = Required(token, node, floor)
+    return candidates("main", known, of, policy, policy.consistency, required, excluded)
 
 
 def names(found: Candidates) -> str:
@@ -94,23 +106,23 @@ def test_weight_zero_is_no_reads() -> None:
 
 
 def test_token_must_be_replayed() -> None:
-    found = sort(token=Token("main", 1, 1, 0x1001), b={"lag": 1.0})
+    found = sort(token=Position("main", 1, 1, 0x1001), b={"lag": 1.0})
 
     assert names(found) == "cd"
-    assert found.reasons() == "main-b has not replayed the session's token"
+    assert found.reasons() == "main-b is not known to have replayed what the session has seen"
 
 
 def test_replay_up_to_the_token_is_enough() -> None:
-    assert names(sort(token=Token("main", 1, 1, 0x1000), b={"lag": 1.0})) == "bcd"
+    assert names(sort(token=Position("main", 1, 1, 0x1000), b={"lag": 1.0})) == "bcd"
 
 
 @pytest.mark.parametrize("policy", [BOUNDED, EVENTUAL])
 def test_token_is_of_session_consistency_only(policy: Policy) -> None:
-    assert names(sort(policy, token=Token("main", 1, 1, 2**40))) == "bcd"
+    assert names(sort(policy, token=Position("main", 1, 1, 2**40))) == "bcd"
 
 
 def test_position_on_an_older_timeline_proves_nothing() -> None:
-    found = sort(token=Token("main", 1, 2, 1))
+    found = sort(token=Position("main", 1, 2, 1))
 
     assert found.fresh == ()
     assert len(found.unproven) == 3
@@ -118,7 +130,7 @@ def test_position_on_an_older_timeline_proves_nothing() -> None:
 
 def test_refusal_goes_before_the_token() -> None:
     """A replica that is down is not worth asking for its position."""
-    found = sort(token=Token("main", 1, 1, 2**40), b={"down": "timed out"}, exclude="c")
+    found = sort(token=Position("main", 1, 1, 2**40), b={"down": "timed out"}, exclude="c")
 
     assert [node.node for node in found.unproven] == ["main-d"]
 
@@ -144,10 +156,11 @@ class TestChoose:
     fresh = sort().fresh
 
     def chosen(self, loads: dict[str, int], seed: int = 1) -> str:
-        return choose(self.fresh, loads, Random(seed)).node
+        counted = {node: range(load) for node, load in loads.items()}
+        return choose(self.fresh, counted, Random(seed)).node
 
     def test_only_one_is_taken(self) -> None:
-        assert choose(self.fresh[:1], {"main-b": 99}, Random(1)).node == "main-b"
+        assert choose(self.fresh[:1], {"main-b": range(99)}, Random(1)).node == "main-b"
 
     def test_equal_loads_share_evenly(self) -> None:
         nodes = [self.chosen({}, seed) for seed in range(600)]
@@ -162,7 +175,7 @@ class TestChoose:
 
     def test_less_loaded_of_two_is_taken(self) -> None:
         nodes = {
-            choose(self.fresh[:2], {"main-b": 2, "main-c": 1}, Random(seed)).node
+            choose(self.fresh[:2], {"main-b": range(2), "main-c": range(1)}, Random(seed)).node
             for seed in range(50)
         }
 
@@ -173,4 +186,81 @@ class TestChoose:
 
 
 def test_token_is_described_as_a_position() -> None:
-    assert describe_token(Token("main", 1, 1, 0x2000)) == "the session has seen 0/2000"
+    assert describe_token(Position("main", 1, 1, 0x2000)) == "the session has seen 0/2000"
+
+
+class TestRequired:
+    """Monotonic reads: what the node of the last read has shown must be passed."""
+
+    token = Position("main", 1, 1, 0x1000)
+
+    def test_node_of_the_last_read_needs_no_proof(self) -> None:
+        assert names(sort(node="main-c")) == "c"
+
+    def test_another_node_needs_a_floor(self) -> None:
+        found = sort(node="main-c", floor=Position("main", 0, 1, 0x2000), b={"lag": 1.0})
+
+        assert names(found) == "cd"
+
+    def test_token_binds_the_node_of_the_last_read_too(self) -> None:
+        found = sort(token=Position("main", 1, 1, 0x1001), node="main-b", b={"lag": 1.0})
+
+        assert names(found) == ""
+
+
+class TestFloor:
+    """A position that covers what a node has shown, observed after it."""
+
+    known = health(OF, {"main-b": {"lag": 1.0}})
+
+    def test_is_the_nodes_own(self) -> None:
+        assert floor_of("main", self.known, "main-b", 100.0, frozenset()) == Position(
+            "main", 0, 1, 0x1000
+        )
+
+    def test_observed_before_the_read_is_none(self) -> None:
+        assert floor_of("main", self.known, "main-b", 100.1, frozenset()) is None
+
+    def test_of_a_node_that_just_failed_is_the_primarys(self) -> None:
+        found = floor_of("main", self.known, "main-b", 100.0, frozenset({"main-b"}))
+
+        assert found == Position("main", 0, 1, 0x2000)
+
+    def test_of_a_node_that_is_down_is_the_primarys(self) -> None:
+        known = health(OF, {"main-b": {"lag": 1.0, "down": "timed out"}})
+
+        assert floor_of("main", known, "main-b", 100.0, frozenset()) == Position(
+            "main", 0, 1, 0x2000
+        )
+
+    def test_nobody_knows_without_both(self) -> None:
+        known = health(OF, {"main-a": {"down": "timed out"}, "main-b": {"down": "timed out"}})
+
+        assert floor_of("main", known, "main-b", 100.0, frozenset()) is None
+
+
+class TestPatience:
+    def wait(self, *lags: float, policy: Policy = SESSION) -> float:
+        facts = {letter: {"lag": lag} for letter, lag in zip("bcd", lags, strict=False)}
+        found = sort(token=Position("main", 1, 1, 2**40), **facts)
+        return patience(found.unproven, policy)
+
+    def test_is_twice_the_measured_lag_of_the_nearest(self) -> None:
+        assert self.wait(0.03, 0.02, 4.0) == pytest.approx(0.06)
+
+    def test_has_an_end(self) -> None:
+        assert self.wait(0.09, 0.09, 0.09) == pytest.approx(0.1)
+
+    def test_is_none_for_what_is_far_behind(self) -> None:
+        assert self.wait(0.2, 0.5, 4.0) == 0
+
+    def test_is_the_policys_where_it_names_one(self) -> None:
+        assert self.wait(3.0, 3.0, 3.0, policy=Policy(token_wait=2.0)) == 2.0
+
+
+def test_replay_is_compared_within_a_timeline() -> None:
+    (node, *_) = sort().fresh
+
+    assert has_replayed(node, Position("main", 1, 1, node.lsn))
+    assert not has_replayed(node, Position("main", 1, 1, node.lsn + 1))
+    assert not has_replayed(node, Position("main", 1, 2, 0))

@@ -11,14 +11,16 @@ import pytest
 from planning import CASES, health, planned, situation, statements
 
 from sqlroute import errors
-from sqlroute.routing.affinity import Affinity, Token, parse_lsn
-from sqlroute.routing.planner import Situation, Unproven
-from sqlroute.routing.policy import Consistency, Policy
+from sqlroute.routing import target
+from sqlroute.routing.affinity import Affinity
+from sqlroute.routing.policy import Consistency, Policy, intent_named, role_named
+from sqlroute.routing.target import History, Situation
+from sqlroute.routing.token import Position, parse_lsn
 from sqlroute.topology import Keyspace, Node, Shard, ShardMap, Topology
 
 KNOWN = {
     "name", "statement", "parameters", "policy", "nodes", "session", "map", "shard", "exclude",
-    "may_wait", "topology", "plan", "refused",
+    "may_wait", "topology", "plan", "refused", "role", "intent", "snapshot", "floors", "histories",
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def test_case(case: dict[str, Any]) -> None:
         assert str(planned(statement, parameters, of=around)) == case["plan"].strip()
         return
     refused = case["refused"]
-    kind = Unproven if refused["error"] == "Unproven" else getattr(errors, refused["error"])
+    kind = getattr(errors, refused["error"], None) or getattr(target, refused["error"])
 
     with pytest.raises(kind) as caught:
         planned(statement, parameters, of=around)
@@ -94,9 +96,34 @@ def _situation(case: dict[str, Any]) -> Situation:
         maps=maps,
         affinity=_affinity(case.get("session", {})),
         exclude=frozenset(case.get("exclude", ())),
-        shard=case.get("shard"),
         may_wait=case.get("may_wait", False),
+        floors={s: _position(s, at) for s, at in case.get("floors", {}).items()},
+        histories={
+            shard: History(
+                given["timeline"], {int(t): parse_lsn(at) for t, at in given["ends"].items()}
+            )
+            for shard, given in case.get("histories", {}).items()
+        },
+        **_demands(case),
     )
+
+
+def _demands(case: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {name: case[name] for name in ("shard", "snapshot") if name in case}
+    if "role" in case:
+        found["role"] = role_named(case["role"])
+    if "intent" in case:
+        found["intent"] = intent_named(case["intent"])
+    return found
+
+
+def _history(given: dict[str, Any]) -> History:
+    ends = {int(timeline): parse_lsn(at) for timeline, at in given["ends"].items()}
+    return History(given["timeline"], ends)
+
+
+def _position(shard: str, at: str, timeline: int = 1, epoch: int = 1, cluster: int = 0) -> Position:
+    return Position(shard, epoch, timeline, parse_lsn(at), cluster)
 
 
 def _topology(given: dict[str, Any]) -> Topology:
@@ -114,10 +141,15 @@ def _topology(given: dict[str, Any]) -> Topology:
 def _affinity(given: dict[str, Any]) -> Affinity:
     affinity = Affinity()
     for shard in given.get("pinned", ()):
-        affinity = affinity.pinned(shard)
+        affinity = affinity.pinned(shard, given.get("on", f"{shard}-a"))
     for shard, node in given.get("reading", {}).items():
         affinity = affinity.reading(shard, node)
     for shard, lsn in given.get("seen", {}).items():
-        timeline = given.get("timeline", 1)
-        affinity = affinity.committed(Token(shard, 1, timeline, parse_lsn(lsn)))
+        names = ("timeline", "epoch", "cluster")
+        facts = {name: given[name] for name in names if name in given}
+        affinity = affinity.seen(_position(shard, lsn, **facts))
+    if "set" in given:
+        affinity = affinity.set_by_hand(given["set"])
+    if given.get("read_only"):
+        return affinity.begun(read_only=True)
     return affinity.begun() if given.get("explicit") else affinity

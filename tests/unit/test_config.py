@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -342,14 +343,17 @@ def test_all_faults_are_reported_at_once() -> None:
         ("pool_size", True, "True must be a whole number"),
         ("pool_size", 0, "0 must be at least 1"),
         ("max_overflow", -2, "-2 must be at least -1"),
+        ("allow_functions", ["f", "Audit"], "'Audit' is no name of a function"),
+        ("deny_functions", ["a.b.c"], "'a.b.c' is no name of a function"),
+        ("deny_functions", 1, "must be a list"),
         ("max_lagg", 1, "unknown setting; did you mean max_lag?"),
-        ("colour", 1, "unknown setting; known: connect_timeout, consistency, "),
+        ("colour", 1, "unknown setting; known: allow_functions, connect_timeout, "),
     ],
 )
 def test_a_fault_of_the_policy(name: str, value: object, text: str) -> None:
     (fault,) = faults({**shop("postgresql://db/shop"), "policy": {name: value}})
 
-    assert fault.startswith(f"policy.{name}: ")
+    assert re.match(rf"policy\.{name}(\[\d\])?: ", fault)
     assert text in fault
 
 
@@ -687,6 +691,16 @@ def test_settings_show_no_password() -> None:
     assert [each.conninfo()["password"] for each in settings.topology.nodes()] == [PASSWORD] * 2
 
 
+def test_functions_are_lists_of_names() -> None:
+    """An environment variable holds them in one text."""
+    source = {**shop("postgresql://db/shop"), "policy": {"allow_functions": ["app.f", "g$1"]}}
+
+    policy = load(source, environ={"SQLROUTE_POLICY__DENY_FUNCTIONS": "audit, app.log"}).policy
+
+    assert policy.allow_functions == ("app.f", "g$1")
+    assert policy.deny_functions == ("audit", "app.log")
+
+
 def test_describe_gives_json() -> None:
     settings = load(
         shop(f"postgresql://app:{PASSWORD}@db/shop?zone=b&sslmode=require", buckets=4), environ={}
@@ -696,7 +710,12 @@ def test_describe_gives_json() -> None:
 
     assert json.loads(json.dumps(described)) == {
         "path": "/etc/sqlroute.toml",
-        "policy": {**dataclasses.asdict(Policy()), "consistency": "session"},
+        "policy": {
+            **dataclasses.asdict(Policy()),
+            "consistency": "session",
+            "allow_functions": [],
+            "deny_functions": [],
+        },
         "keyspaces": [
             {
                 "name": "shop",

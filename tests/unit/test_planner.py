@@ -10,16 +10,16 @@ import sqlalchemy as sa
 from planning import EVERY, FOUR, health, planned, shards, situation, statements, topology
 
 from sqlroute.errors import CrossShardRefused, MissingShardKey, NoPrimary
-from sqlroute.routing.affinity import Affinity, Token
+from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.plan import Tier
 from sqlroute.routing.planner import (
     SHAPES,
     Planner,
-    Unproven,
     plan,
-    primary_target,
 )
 from sqlroute.routing.policy import Policy
+from sqlroute.routing.target import Unproven, bind_target
+from sqlroute.routing.token import Position
 from sqlroute.topology import ShardMap
 
 Customer, Order, Country = statements.Customer, statements.Order, statements.Country
@@ -261,12 +261,12 @@ class TestNodes:
         assert nodes == {"s1-c"}
 
     def test_ties_of_another_shard_do_not_matter(self) -> None:
-        nodes = {self.choose(seed, affinity=Affinity().pinned("s0")) for seed in range(20)}
+        nodes = {self.choose(seed, affinity=Affinity().pinned("s0", "s0-a")) for seed in range(20)}
 
         assert nodes == {"s1-b", "s1-c"}
 
     def test_unproven_names_the_shard_to_ask(self) -> None:
-        affinity = Affinity().committed(Token("s1", 1, 1, 2**40))
+        affinity = Affinity().committed(Position("s1", 1, 1, 2**40))
         around = situation(self.of, affinity=affinity, may_wait=True)
 
         with pytest.raises(Unproven) as caught:
@@ -276,7 +276,7 @@ class TestNodes:
 
     def test_fresh_replica_is_taken_without_asking_the_others(self) -> None:
         facts = {"s1-b": {"lag": 1.0}}
-        affinity = Affinity().committed(Token("s1", 1, 1, 0x2000))
+        affinity = Affinity().committed(Position("s1", 1, 1, 0x2000))
 
         nodes = {
             self.choose(seed, affinity=affinity, may_wait=True, health=health(self.of, facts))
@@ -285,16 +285,16 @@ class TestNodes:
 
         assert nodes == {"s1-c"}
 
-    def test_primary_target_is_in_the_transaction(self) -> None:
-        target = primary_target("s1", situation(self.of))
+    def test_bind_is_in_the_transaction(self) -> None:
+        target = bind_target("s1", situation(self.of), Random(1))
 
         assert (target.node, target.is_primary, target.in_transaction) == ("s1-a", True, True)
 
-    def test_primary_target_without_a_primary(self) -> None:
+    def test_bind_without_a_primary(self) -> None:
         gone = health(self.of, {"s1-a": {"down": "connection refused"}})
 
         with pytest.raises(NoPrimary, match=r"s1-a is down \(connection refused\)") as caught:
-            primary_target("s1", situation(self.of, health=gone))
+            bind_target("s1", situation(self.of, health=gone), Random(1))
 
         assert caught.value.retryable
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from sqlalchemy import Integer
+from sqlalchemy import inspect as inspect_mapped
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.orm import Session
@@ -60,6 +62,93 @@ def test_flush_asks_for_a_connection_per_object() -> None:
     )
 
 
+def test_a_flush_says_when_it_writes() -> None:
+    """``_warn_on_events`` is true from the first to the last row, not in the flush's own events."""
+    source = inspect.getsource(Session._flush)
+    written = source.index("flush_context.execute()")
+
+    assert source.index("dispatch.before_flush") < source.index("_warn_on_events = True") < written
+    assert written < source.index("_warn_on_events = False") < source.index("dispatch.after_flush")
+
+
+def test_objects_are_stamped_with_the_number_of_their_load() -> None:
+    """A load's number can be replaced by an equal one before its first row becomes an object."""
+    from sqlalchemy.orm import InstanceState, QueryContext, loading
+
+    assert InstanceState.runid is None
+    assert "runid" in QueryContext.__slots__
+    assert "state.runid = context.runid" in inspect.getsource(loading._populate_full)
+    assert "state.runid != runid" in inspect.getsource(loading._instance_processor)
+    instances = inspect.getsource(loading.instances)
+    assert "context=context" in instances
+    assert instances.index('"prebuffer_rows"') < instances.index("ChunkedIteratorResult(")
+
+
+def test_a_result_makes_its_objects_when_it_is_read() -> None:
+    """Not when it is made: ``chunks`` and ``iterator`` do the work."""
+    from sqlalchemy.engine.result import ChunkedIteratorResult
+
+    source = inspect.getsource(ChunkedIteratorResult.__init__)
+
+    assert "self.chunks = chunks" in source
+    assert "self.iterator = itertools.chain.from_iterable(self.chunks(None))" in source
+    assert "self.context = context" in source
+
+
+def test_what_fills_an_object_that_is_there_sends_an_event() -> None:
+    """``refresh`` is sent with the load's context, for a part of the object as for all of it."""
+    from sqlalchemy.orm import loading
+
+    source = inspect.getsource(loading._instance_processor)
+
+    assert "state.manager.dispatch.refresh(state, context, to_load)" in source
+    assert "state, context, only_load_props" in source
+
+
+def test_a_refresh_names_its_object() -> None:
+    """Its load options hold the state whose columns are loaded."""
+    from sqlalchemy.orm import QueryContext
+
+    assert QueryContext.default_load_options._refresh_state is None
+
+
+def test_a_unit_of_work_knows_what_it_writes() -> None:
+    """``states`` tells a delete from a save; the states of a mapper's hierarchy can be listed."""
+    from sqlalchemy.orm import persistence
+    from sqlalchemy.orm.unitofwork import UOWTransaction
+
+    assert parameters(UOWTransaction.states_for_mapper_hierarchy) == [
+        "self",
+        "mapper",
+        "isdelete",
+        "listonly",
+    ]
+    assert "self.states[state] = (isdelete, listonly)" in inspect.getsource(
+        UOWTransaction.register_object
+    )
+    for organize in ("save", "post_update", "delete"):
+        function = getattr(persistence, f"_organize_states_for_{organize}")
+        assert "_connections_for_states(" in inspect.getsource(function)
+
+
+def test_all_mappers_can_be_listed() -> None:
+    """Registries are known to the mapper module; a class's listeners can be asked for."""
+    from sqlalchemy.orm import DeclarativeBase, mapped_column, mapperlib
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id = mapped_column(Integer, primary_key=True)
+
+    assert Base.registry in mapperlib._all_registries()
+    mapper = inspect_mapped(Thing)
+    assert mapper in Base.registry.mappers
+    assert not mapper.class_manager.dispatch.load
+    assert not mapper.dispatch.before_update
+
+
 def test_dialect_doors_have_their_signatures() -> None:
     """Commit, begin and roll back get the pool's proxy; execute gets the cursor."""
     assert parameters(PGDialect_psycopg.do_commit) == ["self", "dbapi_connection"]
@@ -72,6 +161,17 @@ def test_dialect_doors_have_their_signatures() -> None:
         "parameters",
     ]
     assert isinstance(_ConnectionFairy.info, object)
+
+
+def test_psycopg_remembers_a_two_phase_transaction() -> None:
+    """As (xid, prepared); a PREPARE that failed is put right there."""
+    from psycopg import Connection
+
+    driver = Connection.__new__(Connection)
+
+    assert "_tpc" in inspect.getsource(Connection._tpc_prepare_gen)
+    assert parameters(PGDialect_psycopg.do_prepare_twophase) == ["self", "connection", "xid"]
+    assert not getattr(driver, "_tpc", None)
 
 
 def test_a_pool_expires_its_connections_by_time() -> None:

@@ -16,10 +16,11 @@ from sqlroute.health import Health, Observation, observe
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.hashing import KeyKind, bucket_of
 from sqlroute.routing.plan import Plan, Tier
-from sqlroute.routing.planner import Situation, plan, plan_rows
+from sqlroute.routing.planner import plan, plan_rows
 from sqlroute.routing.policy import Policy
 from sqlroute.routing.sqltext import Role, TableInfo, TextStatement, describe_text
 from sqlroute.routing.statement import Kind, Placement, describe
+from sqlroute.routing.target import Situation
 from sqlroute.topology import Keyspace, Node, Shard, ShardMap, Topology
 
 NUMBER, TEXT, UUID = KeyKind.INTEGER, KeyKind.TEXT, KeyKind.UUID

@@ -97,9 +97,9 @@ class TestKind:
     @pytest.mark.parametrize(
         "statement",
         [
-            sa.text("SELECT 1"),
-            sa.text("SELECT 1").columns(sa.column("n")),
-            sa.select(sa.text("SELECT 1 AS n").columns(sa.column("n")).subquery()),
+            sa.text("CALL work()"),
+            sa.text("SELECT frobnicate()").columns(sa.column("n")),
+            sa.select(sa.text("SELECT frobnicate() AS n").columns(sa.column("n")).subquery()),
             sa.select(sa.func.pg_advisory_lock(1)),
             sa.select(sa.func.frobnicate(1)),
             sa.select(sa.func.my.lower("X")),

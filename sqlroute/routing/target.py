@@ -1,0 +1,306 @@
+"""Choose the node of one shard for one statement, and whether it runs in a transaction.
+
+Pure: what is known, what was seen and what is asked for are given as a :class:`Situation`. Where a
+fact is missing that a server could tell, a :class:`Question` is raised; the runtime asks and plans
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from random import Random
+
+from sqlroute.errors import (
+    CrossShardRefused,
+    ForeignToken,
+    LostTimeline,
+    NoEligibleNode,
+    NoPrimary,
+    PlanError,
+    ReadOnlyRefused,
+)
+from sqlroute.health import Health, Role
+from sqlroute.routing.affinity import Affinity, ShardAffinity
+from sqlroute.routing.balancing import (
+    Required,
+    candidates,
+    choose,
+    describe_token,
+    patience,
+    refusal,
+)
+from sqlroute.routing.plan import Target
+from sqlroute.routing.plan import target as made
+from sqlroute.routing.policy import AUTOMATIC, Consistency, Demand, Intent, Policy
+from sqlroute.routing.statement import Kind, Statement
+from sqlroute.routing.token import Position, format_lsn
+from sqlroute.topology import ShardMap, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Where the timelines of a shard ended, as its newest one tells.
+
+    Attributes:
+        timeline: the newest one.
+        ends: LSN at which each earlier one was left, in bytes; empty when it could not be read.
+    """
+
+    timeline: int
+    ends: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)  # not frozen: one is made per statement, and freezing costs 4 us
+class Situation:
+    """Everything outside the statement that a plan depends on.
+
+    Attributes:
+        maps: the shard map of each sharded keyspace, by its name.
+        loads: the statements under way per node.
+        exclude: nodes that failed this very statement.
+        may_wait: say that a replica must be proved fresh, rather than fall back to the primary.
+        floors: per shard, what covers all that the node of the session's last read has shown.
+        histories: of the shards' timelines, as far as they were asked for.
+    """
+
+    topology: Topology
+    policy: Policy
+    health: Health
+    maps: Mapping[str, ShardMap]
+    affinity: Affinity
+    loads: Mapping[str, Collection[object]]
+    demand: Demand = AUTOMATIC
+    exclude: frozenset[str] = frozenset()
+    may_wait: bool = False
+    floors: Mapping[str, Position] = field(default_factory=dict)
+    histories: Mapping[str, History] = field(default_factory=dict)
+
+
+class Question(Exception):  # no error: it asks the runtime for a fact
+    """A fact is missing that servers know; ask them, then plan again."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(shard)
+        self.shard = shard
+
+
+class Unproven(Question):
+    """No replica is known to have replayed what the session has seen.
+
+    Attributes:
+        patience: seconds that it is worth to wait for one.
+    """
+
+    def __init__(self, shard: str, patience: float) -> None:
+        super().__init__(shard)
+        self.patience = patience
+
+
+class UnknownHistory(Question):
+    """A token is of an earlier timeline, and where that one ended is not known yet."""
+
+
+def kind_of(statement: Statement, situation: Situation) -> Kind:
+    """Return what a statement counts as, with what the caller vouches for.
+
+    Raises:
+        ReadOnlyRefused: only reads were declared, and it is none.
+    """
+    kind = statement.kind
+    if kind is Kind.READ:
+        return kind
+    demand = situation.demand
+    if demand.role is Role.REPLICA:
+        if kind is Kind.WRITE:
+            raise PlanError(
+                f"sqlroute_role='replica' on a write ({statement.reasons[0]}): a replica takes none"
+            )
+        return Kind.READ
+    check_may_write(situation, statement.reasons[0])
+    return kind
+
+
+def check_may_write(situation: Situation, what: str) -> None:
+    """Refuse a write where only reads were declared.
+
+    Raises:
+        ReadOnlyRefused: names what was declared, and the way out.
+    """
+    if situation.affinity.read_only:
+        declared = "the transaction was begun by begin(read_only=True)"
+    elif situation.demand.only_reads:
+        declared = f"the session is declared {situation.demand.intent.value}"
+    else:
+        return
+    raise ReadOnlyRefused(
+        f"{what}, but {declared}; nothing was sent; write in another transaction, or vouch for a "
+        "read by execution_options(sqlroute_role='replica')"
+    )
+
+
+def target_of(shard: str, kind: Kind, situation: Situation, rng: Random) -> Target:
+    """Choose the node of one shard.
+
+    Raises:
+        TokenError: what the session has seen is not of this shard, or was lost.
+        NoPrimary, NoEligibleNode: no node can take it now.
+        Question: servers must be asked first.
+    """
+    affinity, demand = situation.affinity, situation.demand
+    tie = affinity.of(shard)
+    if tie.token is not None:
+        _check_token(tie.token, situation)
+    if affinity.setting is not None and affinity.setting != shard:
+        raise CrossShardRefused(
+            "SET",
+            f"a setting was sent by hand to shard {affinity.setting} in this transaction, and "
+            f"shard {shard} does not have it; use session.settings(...), which travels",
+        )
+    if tie.pinned:
+        assert tie.node is not None
+        where = "the primary" if not affinity.read_only else "this node"
+        reason = f"the transaction is open on {where}"
+        return made(shard, tie.node, not affinity.read_only, True, reason)
+    if kind is not Kind.READ:
+        why = "a write" if kind is Kind.WRITE else "not proved to be a read"
+        return made(shard, _primary(shard, situation), True, True, why)
+    if affinity.explicit and not affinity.read_only:
+        return made(shard, _primary(shard, situation), True, True, "an explicit transaction")
+    return _for_read(shard, tie, demand, situation, rng)
+
+
+def _for_read(
+    shard: str, tie: ShardAffinity, demand: Demand, situation: Situation, rng: Random
+) -> Target:
+    """Choose the node of a read that nothing binds to the primary's transaction."""
+    within = situation.affinity.read_only
+    if not within and demand.intent is Intent.WRITING:
+        return made(shard, _primary(shard, situation), True, True, "the session will write")
+    if demand.snapshot is not None and (not within or demand.snapshot == "SERIALIZABLE"):
+        why = f"isolation level {demand.snapshot} needs a transaction on the primary"
+        return made(shard, _primary(shard, situation), True, True, why)
+    if demand.role is Role.PRIMARY:
+        why = "the caller asked for the primary"
+        return made(shard, _primary(shard, situation), True, within, why)
+    consistency = demand.consistency
+    if demand.intent is Intent.LAG_TOLERANT:
+        consistency = Consistency.EVENTUAL
+    if consistency is Consistency.STRONG:
+        return made(shard, _primary(shard, situation), True, within, "consistency is strong")
+    policy, health, topology = situation.policy, situation.health, situation.topology
+    required = Required(tie.token, tie.node, situation.floors.get(shard))
+    if tie.node is not None:
+        known = health.nodes.get(tie.node)
+        if (
+            known is not None
+            and known.role is Role.REPLICA
+            and (consistency is not Consistency.SESSION or required.is_met_by(known))
+            and refusal(
+                known,
+                topology,
+                None if consistency is Consistency.EVENTUAL else policy,
+                situation.exclude,
+            )
+            is None
+        ):
+            return made(shard, tie.node, False, within, "the session reads from it")
+    found = candidates(shard, health, topology, policy, consistency, required, situation.exclude)
+    if found.fresh:
+        node = choose(found.fresh, situation.loads, rng)
+        why = (
+            "a healthy replica"
+            if tie.token is None or consistency is not Consistency.SESSION
+            else f"has replayed what {describe_token(tie.token)}"
+        )
+        return made(shard, node.node, False, within, why)
+    if found.unproven and situation.may_wait:
+        time = patience(found.unproven, policy)
+        if time > 0:
+            raise Unproven(shard, time)
+    return _fallback(shard, found.reasons(), situation, within)
+
+
+def _check_token(token: Position, situation: Situation) -> None:
+    """Refuse to go on after a token that this shard, as it is now, cannot answer.
+
+    Raises:
+        ForeignToken: another cluster made it.
+        LostTimeline: a failover left behind what it has seen.
+        NoPrimary: it has seen a timeline that no node is known to be on.
+        UnknownHistory: it is of an earlier timeline, and nobody has asked yet where that ended.
+    """
+    shard = situation.health.shard(token.shard)
+    if token.cluster and shard.system_identifier not in (0, token.cluster):
+        raise ForeignToken(
+            f"the token of shard {token.shard} was made by cluster {token.cluster:x}, the shard's "
+            f"is {shard.system_identifier:x}; drop the token"
+        )
+    if token.timeline in (0, shard.highest_timeline):
+        return
+    if token.timeline > shard.highest_timeline:
+        raise NoPrimary(
+            f"the session has seen timeline {token.timeline} of shard {token.shard}, and no node "
+            f"is known to be past timeline {shard.highest_timeline}; try again",
+            token.shard,
+        )
+    history = situation.histories.get(token.shard)
+    if history is None or history.timeline != shard.highest_timeline:
+        raise UnknownHistory(token.shard)
+    end = history.ends.get(token.timeline)
+    if end is not None and token.lsn > end:
+        raise LostTimeline(
+            f"the session has seen {format_lsn(token.lsn)} on timeline {token.timeline} of shard "
+            f"{token.shard}, which was left at {format_lsn(end)} by a failover: what lay beyond is "
+            "lost; tell the user, and go on with a new session without the token",
+            shard=token.shard,
+            timeline=token.timeline,
+            fork=end,
+        )
+
+
+def bind_target(shard: str, situation: Situation, rng: Random) -> Target:
+    """Return where goes what no statement describes (a flush, ``session.connection()``).
+
+    The primary; in a read-only transaction its own node, where the server refuses writes.
+
+    Raises: as :func:`target_of`, and
+        ReadOnlyRefused: only reads were declared, and no transaction holds it to that.
+    """
+    if situation.affinity.read_only:
+        return target_of(shard, Kind.READ, situation, rng)
+    check_may_write(situation, "a connection that may write")
+    return target_of(shard, Kind.WRITE, situation, rng)
+
+
+def _fallback(shard: str, reasons: str, situation: Situation, within: bool) -> Target:
+    """Send a read to the primary when no replica may take it."""
+    no_replicas = len(situation.topology.shard(shard).nodes) == 1
+    if not no_replicas and not situation.policy.primary_fallback:
+        raise NoEligibleNode(
+            f"no replica of shard {shard} may take the read: {reasons}; "
+            "set primary_fallback = true or raise max_lag"
+        )
+    why = "the shard has no replicas" if no_replicas else f"no replica may take it: {reasons}"
+    return made(shard, _primary(shard, situation), True, within, why)
+
+
+def _primary(shard: str, situation: Situation) -> str:
+    primary = situation.health.primary(shard)
+    if primary is None or primary.node in situation.exclude:
+        states = ", ".join(
+            f"{node.name} just failed"
+            if node.name in situation.exclude
+            else f"{node.name} {_state(situation.health, node.name)}"
+            for node in situation.topology.shard(shard).nodes
+        )
+        raise NoPrimary(
+            f"shard {shard} has no primary now: {states}; try again or promote a node", shard
+        )
+    return primary.node
+
+
+def _state(health: Health, name: str) -> str:
+    node = health.of(name)
+    detail = node.refused or node.last_error
+    return f"is {node.state.value}" + (f" ({detail})" if detail else f" {node.role.value}")
