@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean test-pg15
+.PHONY: demo test check bench clean test-pg15 comparison upstream
 
 # a virtual environment with everything for development; made again when pyproject.toml changes
 $(VENV)/.installed: pyproject.toml
@@ -35,5 +35,22 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks
 
+# docs/comparison.md, by running; in an environment of its own, with the peer that is compared
+COMPARISON := build/comparison
+PEER := advanced-alchemy==1.12.0
+comparison: $(VENV)/.installed
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(COMPARISON) && \
+	  uv pip install --quiet --python $(COMPARISON)/bin/python -e '.[local,parse]' '$(PEER)'; \
+	else \
+	  $(PYTHON) -m venv $(COMPARISON) && \
+	  $(COMPARISON)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[local,parse]' '$(PEER)'; \
+	fi
+	$(COMPARISON)/bin/python -m tests.pitfalls
+
+# SQLAlchemy's own test suite with RoutingSession in place of Session; UPSTREAM=--short for a part
+upstream: $(VENV)/.installed
+	$(BIN)/python -m tests.upstream $(UPSTREAM)
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
