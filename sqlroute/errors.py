@@ -42,9 +42,21 @@ from sqlalchemy.orm.exc import StaleDataError
 
 
 class SQLRouteError(SQLAlchemyError):
-    """Base of all errors of sqlroute."""
+    """Base of all errors of sqlroute. They can be pickled and copied, whatever they are made of."""
 
     retryable = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(
+    kind: type[SQLRouteError], arguments: tuple[Any, ...], attributes: dict[str, Any]
+) -> SQLRouteError:
+    found = kind.__new__(kind)
+    found.args = arguments
+    found.__dict__.update(attributes)
+    return found
 
 
 class ConfigError(SQLRouteError):
@@ -192,9 +204,6 @@ class StaleObjectRead(SQLRouteError, StaleDataError):
             'roll back and run the unit of work again, with consistency="strong" where it must '
             "not meet this"
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.objects,)
 
 
 class DeadlineExceeded(SQLRouteError):

@@ -25,6 +25,7 @@ from sqlroute.routing.planner import Described
 from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
+from sqlroute.runtime.engines import is_old_plan
 from sqlroute.runtime.scatter import scatter, scatter_async
 from sqlroute.stale import before_load, buffering, mark
 
@@ -130,6 +131,9 @@ def execute(call: Call) -> Any:
     _flush_first(call)
     described = session._router.planner.describe(call.statement, call.parameters)
     options = call.options
+    named = call.bind_arguments.get("shard")
+    if named is not None:
+        options = {**options, "sqlroute_shard": named}
     if session._is_sharded and described.shape.reads_entities:
         home = _home(options)
         if home is not None and "sqlroute_shard" not in options:
@@ -195,8 +199,8 @@ def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
             raise UnknownName(
                 f"unknown execution option {name}; known: {', '.join(sorted(OPTIONS))}"
             )
-    if session.twophase and _is_streaming(options):  # a replica could not be prepared
-        return replace(demand, intent=Intent.WRITING)
+    if session.twophase and not demand.only_reads and _is_streaming(options):
+        return replace(demand, intent=Intent.WRITING)  # a replica could not be prepared
     return demand
 
 
@@ -213,15 +217,15 @@ def merge_of(session: RoutingMixin, described: Described, found: Plan) -> tuple[
 
 def _single(call: Call, described: Described, found: Plan) -> Any:
     target = found.target
-    token = target.shard if found.epoch and described.shape.reads_entities else None
-    if not target.in_transaction and not call.is_streaming:
-        return _read(call, described, target, token, scalar=call.scalar)
     session = call.session
+    token = target.shard if found.epoch and described.shape.reads_entities else None
+    if _is_autocommit(call, target):
+        return _read(call, described, target, token, scalar=call.scalar)
     engine = session._routes.engine(target.node)
+    session._is_proved = target.is_proved
     if not target.in_transaction:
-        session._streaming |= {target.node}
-        session._affinity = session._affinity.reading(target.shard, target.node)
-    if found.kind == _READ:
+        _begin_reading(session, target)
+    if found.kind == _READ or not target.is_primary:
         stale = _is_stale_load(described, target)
         return call.run(engine, token=token, scalar=call.scalar, stale=stale)
     result = _write(call, target, token=token, scalar=call.scalar)
@@ -230,9 +234,35 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
     return result
 
 
+def _is_autocommit(call: Call, target: Target) -> bool:
+    """Say if a statement runs outside of any transaction.
+
+    A cursor that stays open needs one; the application may listen for its begin, to set what
+    guards its rows; and where the session streams from a node already, another connection to that
+    would only be one more.
+    """
+    session = call.session
+    return not (
+        target.in_transaction
+        or call.is_streaming
+        or target.node in session._streaming
+        or session._is_listened_to
+    )
+
+
+def _begin_reading(session: RoutingMixin, target: Target) -> None:
+    """Let a node serve reads in a transaction that its commit has no part in, if a replica."""
+    if not target.is_primary:
+        session._streaming |= {target.node}
+        session._affinity = session._affinity.reading(
+            target.shard, target.node, proved=target.is_proved
+        )
+
+
 def _write(call: Call, target: Target, *, token: str | None, scalar: bool = False) -> Any:
     """Write on one shard. Bulk persistence ignores ``bind_arguments``: it asks for a bind."""
     session = call.session
+    session._check_enlistable(target)
     session._wrote(target.shard)
     with session._on(target.shard):
         return call.run(session._routes.engine(target.node), token=token, scalar=scalar)
@@ -250,9 +280,10 @@ def _read(
     """Run a proved read in AUTOCOMMIT; where a node fails, run it once more on another."""
     session, shard = call.session, target.shard
     exclude: frozenset[str] = frozenset()
+    again = False
     while True:
         try:
-            with session._routes.reading(target.node, session._settings) as connection:
+            with session._routes.reading(target.node, session._settings.wanted) as connection:
                 result = call.run(
                     connection,
                     statement=statement,
@@ -265,6 +296,9 @@ def _read(
                 return _on_primary(call, described, target, token, error)
             if not _may_be_retried(error):
                 raise
+            if is_old_plan(error.orig) and not again:
+                again = True  # on the same node: its connections have been replaced
+                continue
             exclude |= {target.node}
             log.info("read failed on %s, trying another node: %s", target.node, error.orig)
             options = {**call.options, "sqlroute_shard": shard}
@@ -275,7 +309,9 @@ def _read(
             if target.in_transaction:
                 raise
         else:
-            session._affinity = session._affinity.reading(shard, target.node)
+            session._affinity = session._affinity.reading(
+                shard, target.node, proved=target.is_proved
+            )
             return result
 
 
@@ -328,8 +364,10 @@ def _work(call: Call, described: Described, target: Target, statement: Any) -> C
 
     A Session provisions one connection at a time, so not within the branches.
     """
-    if not target.in_transaction:
+    if _is_autocommit(call, target):
         return lambda: _read(call, described, target, target.shard, statement=statement)
+    if not target.in_transaction:
+        _begin_reading(call.session, target)
     connection, stale = call.session._enlisted(target), _is_stale_load(described, target)
     return lambda: call.run(connection, statement=statement, token=target.shard, stale=stale)
 
@@ -407,11 +445,17 @@ def _is_stale_load(described: Described, target: Target) -> bool:
 
 
 def _is_streaming(options: Mapping[str, Any]) -> bool:
-    return bool(options.get("yield_per") or options.get("stream_results"))
+    loading = options.get("_sa_orm_load_options")  # Query.yield_per() is noted there alone
+    return bool(
+        options.get("yield_per")
+        or options.get("stream_results")
+        or getattr(loading, "_yield_per", None)
+    )
 
 
 def _is_refused_write(error: sa_exc.DBAPIError, target: Target) -> bool:
-    return not target.is_primary and getattr(error.orig, "sqlstate", None) in NOT_ON_A_STANDBY
+    state = getattr(error.orig, "sqlstate", None)
+    return not target.is_primary and state in NOT_ON_A_STANDBY and not is_old_plan(error.orig)
 
 
 def _may_be_retried(error: sa_exc.DBAPIError) -> bool:

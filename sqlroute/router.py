@@ -288,17 +288,19 @@ class Router:
             left = max(deadline - time.monotonic(), 0.005)
             health = blocking(engines, self.monitor.ask, shard, left)
             floor = situation.floors.get(shard)
-            if tie.node is not None and floor is None:
-                floor = floor_of(shard, health, tie.node, began, situation.exclude)
+            if tie.nodes and floor is None:
+                floor = floor_of(shard, health, tie.nodes, began, situation.exclude)
                 if floor is not None:
                     situation.floors = {**situation.floors, shard: floor}
+                    if _is_unflushed(floor, health):
+                        return False  # no replica can have it before the primary's WAL writer ran
             if candidates(
                 shard,
                 health,
                 self.topology,
                 self.policy,
                 Consistency.SESSION,
-                Required(tie.token, tie.node, floor),
+                Required(tie.token, tie.nodes, floor),
                 situation.exclude,
             ).fresh:
                 return True
@@ -314,18 +316,18 @@ class Router:
             NoEligibleNode: neither the node of that read nor the primary answers.
         """
         for shard, tie in affinity.shards.items():
-            if tie.node is None:
+            if not tie.nodes:
                 continue
             began = time.monotonic()
             floor = None
             while floor is None:
                 health = blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
-                floor = floor_of(shard, health, tie.node, began, frozenset())
+                floor = floor_of(shard, health, tie.nodes, began, frozenset())
                 if floor is None and time.monotonic() > began + self.policy.probe_deadline:
                     raise NoEligibleNode(
-                        f"the session has read from {tie.node}, which does not answer now, nor "
-                        f"does the primary of shard {shard}: nobody knows how much it has seen; "
-                        "try again"
+                        f"the session has read from {', '.join(sorted(tie.nodes))}, which does not "
+                        f"answer now, nor does the primary of shard {shard}: nobody knows how much "
+                        "it has seen; try again"
                     )
             affinity = affinity.seen(self.position(shard, floor.timeline, floor.lsn))
         return affinity
@@ -452,7 +454,9 @@ class Router:
         return self._engines[is_async]
 
     def primary_engine(self, shard: str) -> Any:
-        """Return the sync engine of a shard's primary.
+        """Return the sync engine of a shard's primary, for work beside sessions.
+
+        Its ``raw_connection()`` may be in AUTOCOMMIT, left so by a read: use ``connect()``.
 
         Raises:
             NoPrimary: none is known.
@@ -499,10 +503,16 @@ class Router:
     _threads_pid = 0
 
     def _node_failed(self, node: str, error: BaseException) -> bool:
-        """Note that a node failed; not a replica that refuses to write, as it should."""
+        """Note that a node failed; say if it counts against it.
+
+        A refused write does not: a replica should, and on a primary it may be a transaction that
+        was set read-only. If it is a primary no longer, a look at its shard shows that.
+        """
         if getattr(error, "sqlstate", None) == READ_ONLY:
             known = self.monitor.health.nodes.get(node)
-            if known is not None and known.role is Role.REPLICA:
+            if known is not None:
+                if known.role is not Role.REPLICA:
+                    self.monitor.look(known.shard)
                 return False
         self.monitor.report_failure(node, error)
         return True
@@ -630,6 +640,11 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _is_unflushed(position: Position, health: Health) -> bool:
+    primary = health.primary(position.shard)
+    return primary is not None and position.lsn > primary.lsn
 
 
 def blocking(engines: Engines, function: Callable[..., T], *arguments: Any) -> T:

@@ -18,16 +18,19 @@ SQLAlchemy internals used, each checked by ``tests/unit/test_sqlalchemy_internal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.engine import Connection, Engine, Result
+from sqlalchemy.engine.util import TransactionalContext
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.sql.base import Executable
 
 from sqlroute import stale
@@ -35,6 +38,7 @@ from sqlroute.errors import (
     CrossShardRefused,
     ForeignToken,
     MissingShardKey,
+    NoPrimary,
     PlanError,
     SQLRouteError,
     UnknownName,
@@ -46,16 +50,15 @@ from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.policy import (
     Consistency,
-    Demand,
     Intent,
     consistency_named,
     intent_named,
 )
 from sqlroute.routing.rows import bucket_of_key, missing, python_default
 from sqlroute.routing.target import check_may_write
-from sqlroute.routing.token import Token, parse_lsn
-from sqlroute.runtime import settings as _settings
+from sqlroute.routing.token import Token
 from sqlroute.runtime.commit import CommitGroup
+from sqlroute.runtime.settings import Settings
 from sqlroute.stale import StaleWrites
 
 if TYPE_CHECKING:
@@ -98,7 +101,7 @@ class RoutingMixin(_Base):
         router: Router,
         asynchronous: bool = False,
         consistency: Consistency | str | None = None,
-        intent: Intent | str = Intent.AUTOMATIC,
+        intent: Intent | str | None = None,
         token: Token | str | None = None,
         settings: Mapping[str, Any] | None = None,
         stale_writes: str = "check",
@@ -111,19 +114,20 @@ class RoutingMixin(_Base):
         self._affinity = Affinity()
         self._group: CommitGroup | None = None
         self._demand = router.demand
-        if consistency is not None or intent is not Intent.AUTOMATIC:
-            self._demand = Demand(
-                consistency_named(consistency or router.demand.consistency), intent_named(intent)
-            )
-        self._settings: Mapping[str, str] = _NOTHING
-        self._given: dict[Connection, dict[str, str]] = {}  # in force now, by connection
-        self._before: dict[Connection, dict[str, str]] = {}  # and before the session's
+        if consistency is not None:
+            self._demand = replace(self._demand, consistency=consistency_named(consistency))
+        if intent is not None:
+            self._demand = replace(self._demand, intent=intent_named(intent))
+        self._settings = Settings()
+        self._is_proved = True  # the node that is enlisted next has all that the session has seen
+        self._given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
+        self._chosen: Engine | Connection | None = None  # by the last plan
         self._options: Mapping[str, Any] = _NOTHING  # of the transaction's connections
         self._optioned: set[Engine] = set()  # that have them
         self._shard: str | None = None
         self._streaming: frozenset[str] = frozenset()
         self._is_sharded = any(k.is_sharded for k in router.topology.keyspaces)
-        if token:
+        if token is not None:
             self.follow(token)
         if settings:
             self.settings(**settings)
@@ -166,7 +170,7 @@ class RoutingMixin(_Base):
             ForeignToken: it names a shard that the topology does not have. That it was made by
                 another cluster is found by the first statement.
         """
-        given = Token.parse(token) if isinstance(token, str) else token
+        given = token if isinstance(token, Token) else Token.parse(token)
         known = self._router.topology.keyspace_of_shard
         for position in given.positions:
             if position.shard not in known:
@@ -206,7 +210,7 @@ class RoutingMixin(_Base):
         finally:
             self._demand = replace(self._demand, **before)
 
-    def settings(self, **settings: Any) -> _Settings:
+    def settings(self, **settings: Any) -> AbstractContextManager[None]:
         """Give run-time parameters to every connection that the session takes from now on.
 
         ``session.settings(**{"app.tenant": "7"})`` holds for the rest of the session, or as a
@@ -221,9 +225,7 @@ class RoutingMixin(_Base):
         Raises:
             SettingRefused: a setting that sessions may not carry.
         """
-        before = self._settings
-        self._settings = MappingProxyType({**before, **_settings.checked(settings)})
-        return _Settings(self, before)
+        return self._settings.want(settings)
 
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that this session would make for a statement now, without running it.
@@ -254,35 +256,47 @@ class RoutingMixin(_Base):
         given = bind_arguments or _NOTHING
         is_planned = BIND in given or "bind" in given or _parent_execute_state is not None
         listeners = self.dispatch.do_orm_execute
+        if not is_planned and (self.bind is not None or self.binds):
+            subject = getattr(statement, "_propagate_attrs", _NOTHING).get("plugin_subject")
+            own = self._own_bind(getattr(subject, "mapper", None), statement)
+            if own is not None:
+                bind_arguments, is_planned = {**given, "bind": own}, True
         if is_planned or listeners or not isinstance(statement, Executable):
-            return go_on(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=bind_arguments,
-                _parent_execute_state=_parent_execute_state,
-                _add_event=_add_event if is_planned else _listened,
-                _scalar_result=_scalar_result,
-            )
-        own: Mapping[str, Any] = self.execution_options
-        options: Mapping[str, Any] = statement._execution_options
-        if own or execution_options:
-            top = execution_options.get("sa_top_level_orm_context")
-            if top is not None:  # an eager loader's: it has the options of its statement
-                own = {**own, **top.query._execution_options, **top.execution_options}
-            options = {**own, **options, **execution_options}
+            before, self._given_options = self._given_options, execution_options
+            try:
+                return go_on(
+                    statement,
+                    params,
+                    execution_options=execution_options,
+                    bind_arguments=bind_arguments,
+                    _parent_execute_state=_parent_execute_state,
+                    _add_event=_add_event if is_planned else _after(_add_event),
+                    _scalar_result=_scalar_result,
+                )
+            finally:
+                self._given_options = before
         return execute(
             Call(
                 self,
                 go_on,
                 statement,
                 params,
-                options,
+                _in_force(self, statement, execution_options),
                 execution_options,
                 given,
                 scalar=_scalar_result,
             )
         )
+
+    def _own_bind(self, mapper: Any, clause: Any = None) -> Engine | Connection | None:
+        """Return the bind that the application gave for this, ``None`` for what is routed."""
+        if self.bind is None and not self.binds:
+            return None
+        try:
+            found: Engine | Connection = super().get_bind(mapper, clause=clause)
+        except UnboundExecutionError:
+            return None
+        return found
 
     def _enlisted(self, target: Target) -> Connection:
         """Return the transaction's connection to a node, begun if it is the first."""
@@ -312,9 +326,7 @@ class RoutingMixin(_Base):
         """Flush, each object to the shard it belongs to. See ``Session.flush``."""
         arguments = (objects,) if objects is not None else ()
         if (self._affinity.read_only or self._demand.only_reads) and self._has_changes():
-            check_may_write(
-                self._router.situation(self._affinity, self._routes, self._demand), "a flush"
-            )
+            self._check_may_write("a flush")
         if self._is_clean():
             super().flush(*arguments)
             return
@@ -338,6 +350,9 @@ class RoutingMixin(_Base):
         is_writing = self._asks_per_object and self._warn_on_events and self._shard is None
         return self._connection_of if is_writing else None
 
+    def _check_may_write(self, what: str) -> None:
+        check_may_write(self._router.situation(self._affinity, self._routes, self._demand), what)
+
     def _has_changes(self) -> bool:
         return bool(self.new or self.deleted) or any(map(self.is_modified, self.dirty))
 
@@ -353,8 +368,11 @@ class RoutingMixin(_Base):
         return connection
 
     def _connection_of_state(self, state: Any) -> Connection:
+        own = self._own_bind(state.mapper)
+        if own is not None:
+            return self._connection_for_bind(own)
         shard = self._shard_of(state)
-        if state.key is None and self._is_sharded:
+        if state.key is None and self._router.topology.keyspace_of_shard[shard].is_sharded:
             state.identity_token = shard
         self._wrote(shard)
         engine = self._primary_engine(shard)
@@ -396,6 +414,8 @@ class RoutingMixin(_Base):
     ) -> Engine | Connection:
         """Return what a plan chose, else the primary. It never chooses a replica.
 
+        What the application bound itself, by ``bind``, ``binds`` or ``bind_mapper``, is not routed.
+
         Args:
             shard: name of the shard, needed where nothing else says it:
                 ``session.connection(bind_arguments={"shard": "s0"})``.
@@ -403,16 +423,18 @@ class RoutingMixin(_Base):
         Raises:
             CrossShardRefused: several shards, and nothing says which.
         """
-        chosen = arguments.get(BIND)
-        if chosen is not None or bind is not None:
-            found: Engine | Connection = chosen if chosen is not None else bind
+        self._chosen = chosen = arguments.get(BIND)
+        found: Engine | Connection | None = chosen if chosen is not None else bind
+        if found is not None or (found := self._own_bind(mapper, clause)) is not None:
             return found
         shard = shard or self._shard or self._only_shard(mapper)
+        if not isinstance(shard, str):
+            raise UnknownName(f"unknown shard {shard!r}; a shard is named by a text")
         self._router.topology.shard(shard)
         if not self._affinity.read_only:
             self._wrote(shard)
         engine = self._primary_engine(shard)
-        if self._flushing and (self._settings or self._given or self._options):
+        if self._flushing and (self._settings.is_needed or self._options):
             # a flush asks here, and then its transaction, which knows nothing of settings
             return self._connection_for_bind(engine)
         return engine
@@ -435,21 +457,45 @@ class RoutingMixin(_Base):
 
     def _primary_engine(self, shard: str) -> Engine:
         target = self._router.primary_of(shard, self._affinity, self._routes, self._demand)
+        self._check_enlistable(target)
+        self._is_proved = target.is_proved
         return self._routes.engine(target.node)
+
+    def _check_enlistable(self, target: Target) -> None:
+        """Refuse to write on a node that was a replica when the session began to stream from it.
+
+        Raises:
+            NoPrimary: its transaction there is none that a commit could cover.
+        """
+        if target.node in self._streaming and target.is_primary:
+            raise NoPrimary(
+                f"{target.node} became the primary of shard {target.shard} while the session "
+                "streams from it; end the transaction and run it again",
+                target.shard,
+            )
+
+    @property
+    def _is_listened_to(self) -> bool:
+        """The application wants to see each transaction begin, that of a read too."""
+        listeners: Any = self.dispatch.after_begin
+        return len(listeners) > 1  # the first is ours
 
     def _connection_for_bind(
         self, engine: Any, execution_options: Any = None, **options: Any
     ) -> Connection:
-        if isinstance(engine, Connection):  # a read, or a member of the transaction already
-            if self._transaction is None:
-                self._autobegin_t()
+        if isinstance(engine, Connection) and engine is self._chosen:
+            # lent for a read, or a member of the transaction already
+            TransactionalContext._trans_ctx_check(self)
+            transaction = self._transaction or self._autobegin_t()
+            if transaction._state is not SessionTransactionState.ACTIVE:
+                transaction._raise_for_prerequisite_state("execute", transaction._state)
             return engine
         if self._options and engine not in self._optioned:
             self._optioned.add(engine)
             execution_options = {**self._options, **(execution_options or {})}
         found: Connection = super()._connection_for_bind(engine, execution_options, **options)
-        if self._settings or self._given:
-            self._give_settings(found)
+        if self._settings.is_needed:
+            self._settings.give(found)
         return found
 
     def _wrote(self, shard: str) -> None:
@@ -465,39 +511,6 @@ class RoutingMixin(_Base):
             yield
         finally:
             self._shard = before
-
-    def _ask_positions(self, group: CommitGroup) -> None:
-        """Ask for the positions that SQLAlchemy's own two-phase commit has not brought along."""
-        for shard in group.writers:
-            node = self._affinity.of(shard).node
-            if node is None:
-                continue
-            with self._routes.reading(node) as connection:
-                found = connection.exec_driver_sql("SELECT pg_current_wal_flush_lsn()")
-                group.lsns[shard] = parse_lsn(found.scalar_one())
-
-    def _give_settings(self, connection: Connection) -> None:
-        """Bring the settings of a connection of the transaction up to those of the session."""
-        given = self._given.get(connection, {})
-        wanted = self._settings
-        if {name: value for name, value in given.items() if name in wanted} == wanted and len(
-            given
-        ) == len(wanted):
-            return
-        driver: Any = connection.connection.driver_connection
-        if driver.autocommit:
-            raise PlanError(
-                "settings need a transaction, and the session's isolation level is AUTOCOMMIT; "
-                "leave one of them out"
-            )
-        before = self._before.setdefault(connection, {})
-        new = [name for name in wanted if name not in before]
-        if new:
-            found = connection.exec_driver_sql(*_settings.current(new)).one()
-            before.update(zip(new, found, strict=True))
-        changed = {**{name: before[name] for name in given if name not in wanted}, **wanted}
-        connection.exec_driver_sql(*_settings.in_transaction(changed))
-        self._given[connection] = dict(wanted)
 
     # what a Session offers besides
 
@@ -517,7 +530,7 @@ class RoutingMixin(_Base):
             UnknownName: no such isolation level.
         """
         if isolation_level is not None:
-            isolation_level = isolation_level.upper().replace("_", " ")
+            isolation_level = str(isolation_level).upper().replace("_", " ")
             if isolation_level not in _ISOLATION_LEVELS:
                 known = ", ".join(_ISOLATION_LEVELS)
                 raise UnknownName(f"unknown isolation level {isolation_level!r}; known: {known}")
@@ -553,7 +566,7 @@ class RoutingMixin(_Base):
         with self.writing():
             if options.get("load", True):
                 instance = arguments[0] if arguments else options["instance"]
-                self._stale.before_copy(stale.given(instance, self), self._connection_of_state)
+                self._stale.before_merge(stale.given(instance, self), self._connection_of_state)
             return super().merge(*arguments, **options)
 
     def merge_all(self, instances: Any, **options: Any) -> Any:
@@ -564,12 +577,14 @@ class RoutingMixin(_Base):
         with self.writing():
             if options.get("load", True):
                 states = (s for instance in instances for s in stale.given(instance, self))
-                self._stale.before_copy(states, self._connection_of_state)
+                self._stale.before_merge(states, self._connection_of_state)
             return super().merge_all(instances, **options)
 
     def bulk_save_objects(self, objects: Any, *arguments: Any, **options: Any) -> None:
         """Save objects without the unit of work. See ``Session.bulk_save_objects``."""
         objects = list(objects)
+        if objects:
+            self._check_may_write("bulk_save_objects")
         states = (sa_inspect(found, raiseerr=False) for found in objects)
         self._stale.before_copy(states, self._connection_of_state)
         super().bulk_save_objects(objects, *arguments, **options)
@@ -605,17 +620,40 @@ class RoutingMixin(_Base):
             return keyspace.shard_names
 
 
+def _in_force(session: Any, statement: Any, local: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the execution options of a statement: of session, statement and call.
+
+    An eager loader's statement has those of the statement it loads for, besides.
+    """
+    options: Mapping[str, Any] = statement._execution_options
+    own = session.execution_options
+    if not own and not local:
+        return options
+    top = local.get("sa_top_level_orm_context")
+    if top is not None:
+        options = {**top.query._execution_options, **top.execution_options, **options}
+    return {**own, **options, **local}
+
+
+def _after(added: Callable[[ORMExecuteState], Any] | None) -> Callable[[ORMExecuteState], Any]:
+    """Return the last listener of all: after that of a caller of SQLAlchemy's own, if any."""
+    return _listened if added is None else lambda state: added(state) or _listened(state)
+
+
 def _listened(state: ORMExecuteState) -> Result[Any]:
     """Plan what the application's own listeners have made of a statement: called after them."""
     session: Any = state.session
+    # not state.execution_options: SQLAlchemy has put there what only its first pass needs, and has
+    # not put there what the listeners added
+    local = {**session._given_options, **state._update_execution_options}
     found: Result[Any] = execute(
         Call(
             session,
             session._execute_internal,
             state.statement,
             state.parameters,
-            state.execution_options,
-            state.local_execution_options,
+            _in_force(session, state.statement, local),
+            local,
             {**state.bind_arguments, "_sa_skip_events": True},
             parent=state,
         )
@@ -637,25 +675,6 @@ def _key_of(state: Any, table: Table) -> dict[str, Any]:
     return row
 
 
-class _Settings:
-    """What :meth:`RoutingMixin.settings` returns: as a ``with`` block it takes them back."""
-
-    def __init__(self, session: RoutingMixin, before: Mapping[str, str]) -> None:
-        self._session = session
-        self._before = before
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._session._settings = self._before
-
-
 def _after_begin(session: Any, transaction: Any, connection: Connection) -> None:
     """A connection joined the transaction: its node serves what the transaction does there."""
     node = session._routes.node_of(connection.engine)
@@ -664,7 +683,8 @@ def _after_begin(session: Any, transaction: Any, connection: Connection) -> None
     if node in session._streaming:
         return  # a replica; it has no part in the commit
     shard = session._router.topology.shard_of_node[node]
-    session._affinity = session._affinity.pinned(shard, node)
+    proved = session._is_proved
+    session._affinity = session._affinity.pinned(shard, node, proved=proved)
     if session._affinity.read_only:
         return
     if session._group is None:
@@ -678,12 +698,9 @@ def _after_commit(session: Any) -> None:
     if group is None:
         return
     router = session._router
-    if session.twophase:
-        session._ask_positions(group)
     health = router.monitor.health
     for shard, lsn in group.lsns.items():
-        node = session._affinity.of(shard).node
-        known = health.nodes.get(node)
+        known = health.nodes.get(session._affinity.of(shard).pinned)
         timeline = known.timeline if known is not None else 0
         position = router.position(shard, timeline, lsn)
         session._affinity = session._affinity.committed(position)
@@ -691,13 +708,12 @@ def _after_commit(session: Any) -> None:
 
 def _after_transaction_end(session: Any, transaction: Any) -> None:
     if transaction.nested:
-        session._given.clear()  # what was set since the savepoint may have gone with it
+        session._settings.unsettled()
     if transaction.parent is None:
         session._affinity = session._affinity.ended()
         session._group = None
         session._streaming = frozenset()
-        session._given.clear()
-        session._before.clear()
+        session._settings.ended()
         if session._options:
             session._options = _NOTHING
             session._optioned.clear()

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from itertools import chain, islice
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -127,6 +128,17 @@ def given(instance: Any, session: Any) -> Iterator[State]:
             yield found
 
 
+class Lock(Enum):
+    """What other transactions may not do to a checked row meanwhile.
+
+    An UPDATE that leaves the key alone needs less than a DELETE: foreign keys may go on referring.
+    """
+
+    NONE = "none"
+    WEAK = "FOR NO KEY UPDATE"
+    STRONG = "FOR UPDATE"
+
+
 class StaleWrites:
     """The check of one session.
 
@@ -140,7 +152,7 @@ class StaleWrites:
     __slots__ = ("_checks", "_is_met", "_seen", "_uow", "_verified")
 
     def __init__(self, mode: str) -> None:
-        if mode not in {"check", "allow"}:
+        if mode not in ("check", "allow"):
             raise UnknownName(f'stale_writes={mode!r} is unknown; it is "check" or "allow"')
         self._checks = mode == "check"
         self._is_met = False
@@ -207,14 +219,29 @@ class StaleWrites:
     def before_copy(
         self, states: Iterable[State | None], connection_of: Callable[[State], Connection]
     ) -> None:
-        """Check objects whose values are written as they are: by ``bulk_save_objects``, ``merge``.
+        """Check objects whose values are written as they are, by ``bulk_save_objects``.
 
         Raises:
             StaleObjectRead: a row is not what its object was loaded from.
         """
-        if self._checks:
-            due = [s for s in states if s is not None and s.key is not None and is_marked(s)]
-            self._verify(due, connection_of)
+        self._verify(self._copied(states), connection_of)
+
+    def before_merge(
+        self, states: Iterable[State], connection_of: Callable[[State], Connection]
+    ) -> None:
+        """Check objects whose values ``merge`` copies over what it loads from the primary.
+
+        Nothing is locked, as merge itself locks nothing: it may turn out that nothing is written.
+
+        Raises:
+            StaleObjectRead: a row is not what its object was loaded from.
+        """
+        self._verify(self._copied(states), connection_of, Lock.NONE)
+
+    def _copied(self, states: Iterable[State | None]) -> list[State]:
+        if not self._checks:
+            return []
+        return [s for s in states if s is not None and s.key is not None and is_marked(s)]
 
     def rolled_back(self, transaction: Any) -> None:
         """Check again what was checked in a savepoint whose locks are gone, or in one within it."""
@@ -239,7 +266,12 @@ class StaleWrites:
         is_deleted, _ = self._uow.states.get(state, (False, False)) if self._uow else (False, False)
         return bool(is_deleted)
 
-    def _verify(self, states: list[State], connection_of: Callable[[State], Connection]) -> None:
+    def _verify(
+        self,
+        states: list[State],
+        connection_of: Callable[[State], Connection],
+        lock: Lock | None = None,
+    ) -> None:
         groups: dict[tuple[Mapper[Any], str | None], list[State]] = {}
         for state in states:
             assert state.key is not None
@@ -249,26 +281,28 @@ class StaleWrites:
             connection = connection_of(group[0])
             remaining = iter(_sorted(group))
             while chunk := list(islice(remaining, CHUNK)):
-                differences += self._differences(mapper, connection, chunk)
+                differences += self._differences(mapper, connection, chunk, lock)
         if differences:
             raise StaleObjectRead(tuple(differences))
 
     def _differences(
-        self, mapper: Mapper[Any], connection: Connection, states: list[State]
+        self, mapper: Mapper[Any], connection: Connection, states: list[State], lock: Lock | None
     ) -> Iterator[tuple[str, tuple[Any, ...], tuple[str, ...]]]:
         loaded = {state: values for state in states if (values := dict(_loaded(state)))}
         names = tuple(sorted(set().union(*loaded.values())))
         if not names:
             return
-        is_strong = any(self._is_deleted(state) or _changes_key(state) for state in loaded)
+        if lock is None:
+            is_strong = any(self._is_deleted(state) or _changes_key(state) for state in loaded)
+            lock = Lock.STRONG if is_strong else Lock.WEAK
         columns, width = _columns(mapper), len(mapper.primary_key)
         keys = [_identity(state) for state in loaded]
         if any(None in key for key in keys):  # a part that an outer join left empty
             one_by_one = or_(*(_equal(mapper.primary_key, key) for key in keys))
-            found = connection.execute(_rows(mapper, names, is_strong).where(one_by_one))
+            found = connection.execute(_rows(mapper, names, lock).where(one_by_one))
         else:
             values_in = {"keys": [key for (key,) in keys] if width == 1 else keys}
-            found = connection.execute(_rows_by_key(mapper, names, is_strong), values_in)
+            found = connection.execute(_rows_by_key(mapper, names, lock), values_in)
         rows = {tuple(row[:width]): row[width:] for row in found}
         for state, values in loaded.items():
             row = rows.get(_identity(state))
@@ -384,35 +418,32 @@ def _sorted(states: list[State]) -> list[State]:
         return states
 
 
-def _rows(mapper: Mapper[Any], names: tuple[str, ...], is_strong: bool) -> Any:
-    """Return the statement that reads and locks rows, as yet all of them.
-
-    An UPDATE that leaves the key alone needs less than a DELETE: foreign keys may go on referring.
-    """
+def _rows(mapper: Mapper[Any], names: tuple[str, ...], lock: Lock) -> Any:
+    """Return the statement that reads and locks rows, as yet all of them."""
     keys, selectable = mapper.primary_key, mapper.persist_selectable
     columns = _columns(mapper)
-    return (
-        select(*keys, *(columns[name] for name in names))
-        .select_from(selectable)
-        .order_by(*keys)
-        .with_for_update(key_share=not is_strong, of=_locked(selectable))
+    found = (
+        select(*keys, *(columns[name] for name in names)).select_from(selectable).order_by(*keys)
     )
+    if lock is Lock.NONE:
+        return found
+    return found.with_for_update(key_share=lock is Lock.WEAK, of=_locked(selectable))
 
 
 _made: WeakKeyDictionary[Mapper[Any], dict[Any, Any]] = WeakKeyDictionary()
 
 
-def _rows_by_key(mapper: Mapper[Any], names: tuple[str, ...], is_strong: bool) -> Any:
+def _rows_by_key(mapper: Mapper[Any], names: tuple[str, ...], lock: Lock) -> Any:
     """Return the statement that reads and locks the rows of ``:keys``, made once."""
     made = _made.setdefault(mapper, {})
-    if (names, is_strong) not in made:
+    if (names, lock) not in made:
         if len(made) >= _SHAPES:
             made.clear()
         keys = mapper.primary_key
         key: Any = keys[0] if len(keys) == 1 else tuple_(*keys)
         wanted = key.in_(bindparam("keys", expanding=True))
-        made[names, is_strong] = _rows(mapper, names, is_strong).where(wanted)
-    return made[names, is_strong]
+        made[names, lock] = _rows(mapper, names, lock).where(wanted)
+    return made[names, lock]
 
 
 def _equal(keys: tuple[Any, ...], identity: tuple[Any, ...]) -> Any:

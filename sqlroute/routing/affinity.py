@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 
 from sqlroute.routing.token import Position, Token, newest
@@ -17,15 +18,17 @@ class ShardAffinity:
     """One session's ties to one shard.
 
     Attributes:
-        node: the node that answered last, if what it showed may be newer than the token. Nobody
-            knows how new; so the session stays with it, and leaves it only for one that has passed
-            a position observed on it afterwards (:class:`sqlroute.routing.planner.Unproven`).
-        pinned: the transaction under way is open on that node.
+        nodes: those that have answered, where what they showed may be newer than the token. Nobody
+            knows how new; so a session stays with the one it reads from, and leaves it only for
+            one that has passed a position observed on it afterwards
+            (:class:`sqlroute.routing.target.Unproven`). More than one after reads that asked for
+            no such proof.
+        pinned: the node on which the transaction under way is open, if it is.
         token: the newest state the session is known to have seen.
     """
 
-    node: str | None = None
-    pinned: bool = False
+    nodes: frozenset[str] = frozenset()
+    pinned: str | None = None
     token: Position | None = None
 
 
@@ -57,23 +60,29 @@ class Affinity:
 
     @property
     def token(self) -> Token:
-        """What is known to have been seen; of a shard with a ``node`` there may be more."""
+        """What is known to have been seen; of a shard with ``nodes`` there may be more."""
         found = [tie.token for tie in self.shards.values() if tie.token is not None]
         return Token(tuple(sorted(found, key=lambda position: position.shard)))
 
-    def reading(self, shard: str, node: str) -> Affinity:
-        """After a read outside of a transaction: what the session has seen, this node has."""
-        tie = self.of(shard)
-        if tie.node == node:
-            return self if self.last == shard else replace(self, last=shard)
-        return replace(self._with(shard, replace(tie, node=node)), last=shard)
+    def reading(self, shard: str, node: str, *, proved: bool = True) -> Affinity:
+        """After a read outside of a transaction.
 
-    def pinned(self, shard: str, node: str) -> Affinity:
+        Args:
+            proved: the node was known to have all that the session had seen.
+        """
+        tie = self.of(shard)
+        nodes = _only(node) if proved or not tie.nodes else tie.nodes | {node}
+        if nodes == tie.nodes:
+            return self if self.last == shard else replace(self, last=shard)
+        return replace(self._with(shard, replace(tie, nodes=nodes)), last=shard)
+
+    def pinned(self, shard: str, node: str, *, proved: bool = True) -> Affinity:
         """After a node was enlisted: what the transaction does on this shard, it does there."""
         tie = self.of(shard)
-        if tie.pinned and tie.node == node:
+        if tie.pinned == node:
             return self
-        return replace(self._with(shard, replace(tie, node=node, pinned=True)), last=shard)
+        nodes = _only(node) if proved else tie.nodes | {node}
+        return replace(self._with(shard, replace(tie, nodes=nodes, pinned=node)), last=shard)
 
     def seen(self, position: Position) -> Affinity:
         """After a position became known to the session. A token never moves back."""
@@ -88,7 +97,7 @@ class Affinity:
         """After a commit, whose position covers all that the transaction has read, too."""
         found = self.seen(position)
         tie = found.of(position.shard)
-        return found._with(position.shard, replace(tie, node=None)) if tie.node else found
+        return found._with(position.shard, replace(tie, nodes=frozenset())) if tie.nodes else found
 
     def begun(self, *, read_only: bool = False) -> Affinity:
         return replace(self, explicit=True, read_only=read_only)
@@ -99,10 +108,13 @@ class Affinity:
     def ended(self) -> Affinity:
         """After the transaction: what was seen remains."""
         kept = {
-            shard: ShardAffinity(node=tie.node, token=tie.token) if tie.pinned else tie
+            shard: replace(tie, pinned=None) if tie.pinned is not None else tie
             for shard, tie in self.shards.items()
         }
         return Affinity(MappingProxyType(kept), epoch=self.epoch)
 
     def _with(self, shard: str, tie: ShardAffinity) -> Affinity:
         return replace(self, shards=MappingProxyType({**self.shards, shard: tie}))
+
+
+_only = lru_cache(maxsize=4096)(lambda node: frozenset({node}))

@@ -6,13 +6,13 @@ of every refusal is kept, because "no replica" without a why helps nobody.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from sqlroute.health import Health, NodeHealth, State
+from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.policy import Consistency, Policy
-from sqlroute.routing.token import Position, format_lsn
+from sqlroute.routing.token import Position, format_lsn, newest
 from sqlroute.topology import Topology
 
 
@@ -85,18 +85,20 @@ class Required:
 
     Attributes:
         token: the session's, if any.
-        node: the node that the session read from last, if any: it needs no further proof.
-        floor: observed after that read, so it covers what ``node`` showed; ``None`` if not asked.
+        nodes: those that the session has read from; a single one needs no further proof itself.
+        floor: observed after these reads, so it covers what ``nodes`` showed; ``None`` if not
+            asked for.
     """
 
     token: Position | None
-    node: str | None
+    nodes: frozenset[str]
     floor: Position | None
 
     def is_met_by(self, node: NodeHealth) -> bool:
         if self.token is not None and not has_replayed(node, self.token):
             return False
-        if self.node is None or self.node == node.node:
+        nodes = self.nodes
+        if not nodes or (len(nodes) == 1 and node.node in nodes):
             return True
         return self.floor is not None and has_replayed(node, self.floor)
 
@@ -107,20 +109,27 @@ def has_replayed(node: NodeHealth, position: Position) -> bool:
 
 
 def floor_of(
-    shard: str, health: Health, node: str, since: float, exclude: frozenset[str]
+    shard: str, health: Health, nodes: Iterable[str], since: float, exclude: frozenset[str]
 ) -> Position | None:
-    """Return a position that covers all that ``node`` has shown before the time ``since``.
+    """Return a position that covers all that the nodes have shown before the time ``since``.
 
-    Its own, observed later; when it is gone the primary's: no replica is ahead of that. ``None``
-    when neither has answered.
+    Their own, observed later; when one is gone the primary's: no replica is ahead of that. ``None``
+    when neither has answered. A primary shows what others committed asynchronously before it is
+    flushed, so all that it has inserted counts.
     """
-    known = health.nodes.get(node)
-    if known is not None and node not in exclude and known.is_readable and known.lsn_at >= since:
-        return Position(shard, 0, known.timeline, known.lsn)
-    primary = health.primary(shard)
-    if primary is not None and primary.node not in exclude and primary.lsn_at >= since:
-        return Position(shard, 0, primary.timeline, primary.lsn)
-    return None
+    found: Position | None = None
+    for node in nodes:
+        known = health.nodes.get(node)
+        if known is None or node in exclude or not known.is_readable or known.lsn_at < since:
+            known = health.primary(shard)
+            if known is None or known.node in exclude or known.lsn_at < since:
+                return None
+        lsn = known.lsn
+        if known.role is Role.PRIMARY and known.received_lsn is not None:
+            lsn = max(lsn, known.received_lsn)
+        position = Position(shard, 0, known.timeline, lsn)
+        found = position if found is None else newest(found, position)
+    return found
 
 
 LONGEST_WAIT = 0.1

@@ -25,6 +25,7 @@ class Target:
         is_primary: the node was chosen as the primary of its shard.
         in_transaction: it runs in the session's transaction; else in AUTOCOMMIT, one round trip.
         reason: why this node.
+        is_proved: it has all that the session has seen.
     """
 
     shard: str
@@ -32,6 +33,7 @@ class Target:
     is_primary: bool
     in_transaction: bool
     reason: str
+    is_proved: bool = True
 
     def __str__(self) -> str:
         role = "primary" if self.is_primary else "replica"

@@ -57,6 +57,7 @@ class Kind(Enum):
     """What a statement does, as far as it can be proved."""
 
     READ = "read"
+    VOUCHED = "vouched"  # nobody can prove it; the caller says that it is a read
     WRITE = "write"
     UNKNOWN = "unknown"
 

@@ -116,7 +116,7 @@ def kind_of(statement: Statement, situation: Situation) -> Kind:
             raise PlanError(
                 f"sqlroute_role='replica' on a write ({statement.reasons[0]}): a replica takes none"
             )
-        return Kind.READ
+        return Kind.VOUCHED
     check_may_write(situation, statement.reasons[0])
     return kind
 
@@ -157,17 +157,37 @@ def target_of(shard: str, kind: Kind, situation: Situation, rng: Random) -> Targ
             f"a setting was sent by hand to shard {affinity.setting} in this transaction, and "
             f"shard {shard} does not have it; use session.settings(...), which travels",
         )
-    if tie.pinned:
-        assert tie.node is not None
+    if tie.pinned is not None:
         where = "the primary" if not affinity.read_only else "this node"
         reason = f"the transaction is open on {where}"
-        return made(shard, tie.node, not affinity.read_only, True, reason)
-    if kind is not Kind.READ:
+        return made(shard, tie.pinned, not affinity.read_only, True, reason)
+    if kind is not Kind.READ and kind is not Kind.VOUCHED:
         why = "a write" if kind is Kind.WRITE else "not proved to be a read"
         return made(shard, _primary(shard, situation), True, True, why)
     if affinity.explicit and not affinity.read_only:
         return made(shard, _primary(shard, situation), True, True, "an explicit transaction")
+    if kind is Kind.VOUCHED and demand.snapshot is None:
+        return _for_vouched(shard, tie, situation, rng)
     return _for_read(shard, tie, demand, situation, rng)
+
+
+def _for_vouched(shard: str, tie: ShardAffinity, situation: Situation, rng: Random) -> Target:
+    """Choose the node of what the caller says is a read: on a primary it may prove to be none.
+
+    There it runs in the transaction, so that it can be rolled back and its commit is noticed.
+
+    Raises:
+        NoEligibleNode: only reads were declared, and no replica would hold it to that.
+    """
+    found = _for_read(shard, tie, situation.demand, situation, rng)
+    if not found.is_primary or situation.affinity.read_only:
+        return found
+    if situation.demand.only_reads:
+        raise NoEligibleNode(
+            f"what cannot be proved to be a read needs a replica of shard {shard} in a session "
+            f"declared {situation.demand.intent.value}, and there is none: {found.reason}"
+        )
+    return made(shard, found.node, True, True, found.reason)
 
 
 def _for_read(
@@ -189,31 +209,28 @@ def _for_read(
     if consistency is Consistency.STRONG:
         return made(shard, _primary(shard, situation), True, within, "consistency is strong")
     policy, health, topology = situation.policy, situation.health, situation.topology
-    required = Required(tie.token, tie.node, situation.floors.get(shard))
-    if tie.node is not None:
-        known = health.nodes.get(tie.node)
+    required = Required(tie.token, tie.nodes, situation.floors.get(shard))
+    sessional = consistency is Consistency.SESSION
+    if len(tie.nodes) == 1:
+        (node,) = tie.nodes
+        known = health.nodes.get(node)
+        bounds = None if consistency is Consistency.EVENTUAL else policy
         if (
             known is not None
             and known.role is Role.REPLICA
-            and (consistency is not Consistency.SESSION or required.is_met_by(known))
-            and refusal(
-                known,
-                topology,
-                None if consistency is Consistency.EVENTUAL else policy,
-                situation.exclude,
-            )
-            is None
+            and (not sessional or required.is_met_by(known))
+            and refusal(known, topology, bounds, situation.exclude) is None
         ):
-            return made(shard, tie.node, False, within, "the session reads from it")
+            return made(shard, node, False, within, "the session reads from it")
     found = candidates(shard, health, topology, policy, consistency, required, situation.exclude)
     if found.fresh:
-        node = choose(found.fresh, situation.loads, rng)
+        chosen = choose(found.fresh, situation.loads, rng)
         why = (
             "a healthy replica"
-            if tie.token is None or consistency is not Consistency.SESSION
+            if tie.token is None or not sessional
             else f"has replayed what {describe_token(tie.token)}"
         )
-        return made(shard, node.node, False, within, why)
+        return made(shard, chosen.node, False, within, why, sessional)
     if found.unproven and situation.may_wait:
         time = patience(found.unproven, policy)
         if time > 0:

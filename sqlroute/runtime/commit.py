@@ -15,6 +15,7 @@ two shards, preparing the first one too would need 9.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from typing import Any
 
@@ -25,10 +26,19 @@ from sqlroute.errors import InDoubtCommit, TopologyError
 from sqlroute.routing.token import parse_lsn
 
 GROUP = "sqlroute.group"
-COMMIT_WITH_LSN = """SELECT current_setting('synchronous_commit'); COMMIT; SELECT
+COMMIT_WITH_LSN = """SELECT current_setting('synchronous_commit') = 'off'
+OR pg_current_xact_id_if_assigned() IS NULL; COMMIT; SELECT
 CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END,
 CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn() END"""
+AS_LOGIN_ROLE = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
+"""Sent before what a transaction of several shards does on its own account.
+
+Only the role that prepared a transaction may finish it, and a session's ``SET LOCAL ROLE`` is over
+by then. Deferred constraints are checked before, as the role that the application wants.
+"""
 GID_PREFIX = "sqlroute:"
+
+log = logging.getLogger("sqlroute.commit")
 
 _IDLE, _FAILED, _UNKNOWN = 0, 3, 4  # libpq's PGTransactionStatusType
 _GONE = "42704"  # undefined_object: the prepared transaction was finished by somebody else
@@ -90,21 +100,32 @@ class CommitGroup:
         if self._done:
             return
         writers = sorted(s for s in self._wrote if _status(self._connections.get(s)) != _IDLE)
+        shard = next(s for s, member in self._connections.items() if member is connection)
         if len(writers) > 1:
             self._done = True
             self._check_alive(writers)
             self._commit_all(writers)
-            for shard, member in self._connections.items():
-                if shard not in self._wrote:
-                    self._commit_one(shard, member)
-            return
-        shard = next(s for s, member in self._connections.items() if member is connection)
-        self._commit_one(shard, connection)
+        elif writers and shard not in writers:
+            return  # its turn is after the writer's, which alone decides
+        else:
+            self._commit_one(shard, connection)
+        if writers:
+            self._done = True
+            self._end_readers(set(writers))
 
     def _commit_one(self, shard: str, connection: Any) -> None:
         lsn = commit_with_lsn(connection)
         if lsn is not None:
             self.lsns[shard] = lsn
+
+    def _end_readers(self, writers: set[str]) -> None:
+        """End the members that only read; one that is lost takes nothing back."""
+        for shard, member in self._connections.items():
+            if shard not in writers:
+                try:
+                    self._commit_one(shard, member)
+                except Exception as error:
+                    log.info("shard %s, which was only read, did not commit: %s", shard, error)
 
     def _check_alive(self, writers: list[str]) -> None:
         """Refuse to commit one part of a transaction whose other part is lost already.
@@ -135,7 +156,7 @@ class CommitGroup:
                 self._prepare(shard, gids[shard])
                 prepared.append(shard)
             record = f"INSERT INTO sqlroute.commit_record (transaction) VALUES ('{transaction}')"  # noqa: S608 - a uuid
-            _run(self._connections[designated], record)
+            _run(self._connections[designated], f"{AS_LOGIN_ROLE}; {record}")
         except BaseException:
             self._undo(prepared, gids)
             raise
@@ -144,7 +165,7 @@ class CommitGroup:
 
     def _prepare(self, shard: str, gid: str) -> None:
         try:
-            _run(self._connections[shard], f"PREPARE TRANSACTION '{gid}'")
+            _run(self._connections[shard], f"{AS_LOGIN_ROLE}; PREPARE TRANSACTION '{gid}'")
         except Exception as error:
             if getattr(error, "sqlstate", None) == "55000":
                 raise TopologyError(
@@ -205,11 +226,11 @@ def commit_with_lsn(connection: Any) -> int | None:
     if driver.pgconn.transaction_status == _IDLE:  # psycopg never sent a BEGIN
         return None
     cursor = _run(connection, COMMIT_WITH_LSN)
-    (setting,) = _row(connection, cursor)
+    (is_unflushed,) = _row(connection, cursor)
     cursor.nextset()  # of the COMMIT
     cursor.nextset()
     flushed, inserted = _row(connection, cursor)
-    position = inserted if setting == "off" else flushed
+    position = inserted if is_unflushed else flushed
     return None if position is None else parse_lsn(position)
 
 

@@ -29,20 +29,25 @@ def start_reading(connection: Any) -> None:
 
     The mode stays on the connection, so that the next read finds it: switching is one flag, but a
     lock and a generator in psycopg. A transaction that begins switches it back (``do_begin``; an
-    event would cost every statement of the engine).
+    event would cost every statement of the engine). What the driver says is the truth, not a note
+    of ours beside it: a task may be cancelled between the two.
     """
     connection.info[READING] = True
     driver = connection.driver_connection
+    driver.sqlroute_asked = False
     if not driver.autocommit:
         _set_autocommit(connection, True)
-        driver.sqlroute_reads = True  # ours, not an isolation level that somebody asked for
 
 
 def _stop_reading(connection: Any) -> None:
     driver = connection.driver_connection
-    if getattr(driver, "sqlroute_reads", False) and READING not in connection.info:
-        driver.sqlroute_reads = False
+    if driver.autocommit and READING not in connection.info and not _is_asked(driver):
         _set_autocommit(connection, False)
+
+
+def _is_asked(driver: Any) -> bool:
+    """Say if AUTOCOMMIT is an isolation level that the application asked for."""
+    return getattr(driver, "sqlroute_asked", False)
 
 
 def _in_transaction(connection: Any) -> bool:
@@ -76,8 +81,14 @@ class _Doors(PGDialect_psycopg):
             cursor.execute(statement)
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
-        self.get_driver_connection(dbapi_connection).sqlroute_reads = False
+        driver = self.get_driver_connection(dbapi_connection)
+        driver.sqlroute_asked = level == "AUTOCOMMIT"
         super().set_isolation_level(dbapi_connection, level)  # type: ignore[no-untyped-call]
+
+    def set_readonly(self, connection: Any, value: Any) -> None:
+        # None where SQLAlchemy's reset says False: psycopg would begin READ WRITE, which a server
+        # in recovery refuses
+        super().set_readonly(connection, True if value else None)  # type: ignore[no-untyped-call]
 
     def do_begin(self, dbapi_connection: Any) -> None:
         if isinstance(dbapi_connection, _ConnectionFairy):

@@ -97,7 +97,7 @@ class Engines:
         driver = fairy.driver_connection
         busy = self.loads[node]
         busy.add(driver)  # one step for the interpreter, where += is three: threads meet here
-        try:
+        try:  # from here on: switching to AUTOCOMMIT may be cancelled
             start_reading(fairy)
             if settings:
                 connection.exec_driver_sql(with_begin(settings))
@@ -194,6 +194,8 @@ class Engines:
             if context.is_disconnect or state in GONE or context.connection is None:
                 if on_failure(name, error) and state is not None:
                     context.is_disconnect = True
+            elif is_old_plan(error):
+                context.is_disconnect = True  # all connections of this pool have old plans
             elif state == "23514" and "no partition of relation" in str(error):
                 on_stale_map(name)
                 first = str(error).splitlines()[0]
@@ -202,6 +204,16 @@ class Engines:
                     "map in use was old or the partition was never made; run the unit of work again"
                 )
             return None
+
+
+def is_old_plan(error: BaseException | None) -> bool:
+    """Say if a prepared statement was outlived by the columns of its table.
+
+    psycopg forgets its prepared statements at a ROLLBACK, which a plain Session's connection has
+    after each use and one that reads in AUTOCOMMIT never.
+    """
+    state = getattr(error, "sqlstate", None)
+    return state == "0A000" and "cached plan must not change result type" in str(error)
 
 
 def _url(node: Node) -> URL:

@@ -154,6 +154,11 @@ class Monitor:
                 asked.result(timeout)
         return self._health
 
+    def look(self, shard: str) -> None:
+        """Have all nodes of a shard probed now, without waiting for it."""
+        if not self._is_closed:
+            self._round(shard)
+
     def report_failure(self, node: str, error: BaseException | str) -> None:
         """Note that a real statement could not be run because of its server.
 

@@ -59,7 +59,8 @@ SELECT here.standby,
        CASE WHEN here.standby THEN pg_wal_lsn_diff(pg_last_wal_replay_lsn(), '0/0')
             ELSE pg_wal_lsn_diff(pg_current_wal_flush_lsn(), '0/0') END::bigint,
        CASE WHEN here.standby THEN pg_wal_lsn_diff(
-           GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), '0/0') END::bigint,
+           GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), '0/0')
+            ELSE pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0') END::bigint,
        CASE WHEN here.standby THEN
            extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END::float8,
        current_setting('default_transaction_read_only') = 'off',

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any
 
-from sqlroute.errors import SettingRefused
+from sqlroute.errors import PlanError, SettingRefused
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
 
@@ -52,7 +55,7 @@ def _text(name: str, value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, int | float):
         return str(value)
-    if isinstance(value, str) and "\0" not in value:
+    if isinstance(value, str) and "\0" not in value and _is_unicode(value):
         return value
     raise SettingRefused(
         f"setting {name} has a value of type {type(value).__name__}; it must be text without NUL, "
@@ -60,10 +63,96 @@ def _text(name: str, value: Any) -> str:
     )
 
 
-def in_transaction(settings: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Return the statement that sets them in the transaction under way, and its parameters."""
-    calls = ", ".join("set_config(%s, %s, true)" for _ in settings)
-    return f"SELECT {calls}", tuple(text for pair in settings.items() for text in pair)
+def _is_unicode(text: str) -> bool:
+    """Say if a text has no half of a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+class Settings:
+    """What one session wants its connections to have, and what they have been given.
+
+    Attributes:
+        wanted: by name; a new value with each change.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: Mapping[str, str] = _NONE
+        self._given: dict[Any, dict[str, str | None]] = {}
+        self._before: dict[Any, dict[str, str]] = {}
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a connection of the transaction may need to be given or taken something."""
+        return bool(self.wanted or self._given)
+
+    def want(self, settings: Mapping[str, Any]) -> Block:
+        """Add to what is wanted.
+
+        Returns:
+            A context manager that takes it back.
+
+        Raises:
+            SettingRefused: a setting that sessions may not carry.
+        """
+        before = self.wanted
+        self.wanted = MappingProxyType({**before, **checked(settings)})
+        return Block(self, before)
+
+    def give(self, connection: Any) -> None:
+        """Bring a connection of the transaction up to what is wanted, if it is not.
+
+        Args:
+            connection: a SQLAlchemy connection.
+
+        Raises:
+            PlanError: its isolation level is AUTOCOMMIT, in which nothing is undone.
+        """
+        given, wanted = self._given.get(connection, {}), self.wanted
+        if given == wanted:
+            return
+        if connection.connection.driver_connection.autocommit:
+            raise PlanError(
+                "settings need a transaction, and the session's isolation level is AUTOCOMMIT; "
+                "leave one of them out"
+            )
+        before = self._before.setdefault(connection, {})
+        new = [name for name in wanted if name not in before]
+        if new:
+            found = connection.exec_driver_sql(*_current(new)).one()
+            before.update(zip(new, found, strict=True))
+        changed = {**{name: before[name] for name in given if name not in wanted}, **wanted}
+        connection.exec_driver_sql(*_in_transaction(changed))
+        self._given[connection] = dict(wanted)
+
+    def unsettled(self) -> None:
+        """After a savepoint: what it has set may have gone with it, or come back."""
+        self._given = {
+            connection: dict.fromkeys(names) for connection, names in self._before.items()
+        }
+
+    def ended(self) -> None:
+        """After the transaction: the server has undone all of it."""
+        self._given.clear()
+        self._before.clear()
+
+
+class Block:
+    """What :meth:`Settings.want` returns."""
+
+    def __init__(self, settings: Settings, before: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._before = before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._settings.wanted = self._before
 
 
 def with_begin(settings: Mapping[str, str]) -> str:
@@ -74,12 +163,19 @@ def with_begin(settings: Mapping[str, str]) -> str:
     return f"BEGIN READ ONLY; SELECT {calls}"
 
 
-def current(names: list[str]) -> tuple[str, tuple[str, ...]]:
+def _in_transaction(settings: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Return the statement that sets them in the transaction under way, and its parameters."""
+    calls = ", ".join("set_config(%s, %s, true)" for _ in settings)
+    return f"SELECT {calls}", tuple(text for pair in settings.items() for text in pair)
+
+
+def _current(names: list[str]) -> tuple[str, tuple[str, ...]]:
     """Return the statement that asks for the values in force, and its parameters."""
     calls = ", ".join("coalesce(current_setting(%s, true), '')" for _ in names)
     return f"SELECT {calls}", tuple(names)
 
 
 def _literal(text: str) -> str:
-    """Quote a text: % doubled for the driver, backslashes as they are (strings conform)."""
-    return "'" + text.replace("'", "''").replace("%", "%%") + "'"
+    """Quote a text, whatever standard_conforming_strings is; % is doubled for the driver."""
+    escaped = text.replace("\\", "\\\\").replace("'", "''").replace("%", "%%")
+    return f"E'{escaped}'"

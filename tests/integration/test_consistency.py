@@ -260,6 +260,63 @@ class TestTokens:
             session.rollback()
             assert session.scalar(name_of(key)) == "new"
 
+    @pytest.mark.parametrize("level", ["eventual", "bounded"])
+    def test_a_read_of_less_consistency_forgets_nothing(
+        self, key: int, held: Shop, router: Router, level: str
+    ) -> None:
+        """It may be old; the next one may not be older than the one before it."""
+        with router.sessionmaker()() as session:
+            rename(session, key, "new")
+        with router.sessionmaker()() as session:
+            with session.consistency("strong"):
+                assert session.scalar(name_of(key)) == "new"
+            with session.consistency(level):
+                assert session.scalar(name_of(key)) == "old"
+            assert session.scalar(name_of(key)) == "new"
+            token = session.token
+        with router.sessionmaker(token=token)() as session:
+            assert session.scalar(name_of(key)) == "new"
+
+    def test_what_others_commit_asynchronously_is_not_unseen(
+        self, shop: Shop, router: Router, key: int
+    ) -> None:
+        """It is visible on the primary before it is flushed, so before a replica can have it."""
+        shop.on("s0", "ALTER SYSTEM SET wal_writer_delay = '10s'; ")
+        shop.on("s0", "SELECT pg_reload_conf()")
+        try:
+            for number in range(10):
+                rename_it = f"UPDATE customer SET name = '{number}' WHERE id = {key}"
+                shop.on("s0", f"SET synchronous_commit = off; {rename_it}")
+                with router.sessionmaker()() as session:
+                    with session.begin():
+                        assert session.scalar(name_of(key)) == str(number)
+                    assert session.scalar(name_of(key)) == str(number)
+                    token = session.token
+                with router.sessionmaker(token=token)() as session:
+                    assert session.scalar(name_of(key)) == str(number)
+                with router.sessionmaker()() as session:
+                    with session.consistency("strong"):
+                        assert session.scalar(name_of(key)) == str(number)
+                    assert session.scalar(name_of(key)) == str(number)
+        finally:
+            shop.on("s0", "ALTER SYSTEM RESET wal_writer_delay; ")
+            shop.on("s0", "SELECT pg_reload_conf()")
+
+    @pytest.mark.parametrize("options", [{"sqlroute_role": "primary"}, {}])
+    def test_a_write_after_a_streamed_read_is_seen(
+        self, key: int, held: Shop, router: Router, options: dict[str, Any]
+    ) -> None:
+        """The stream's transaction on a primary is one like any other."""
+        level = "session" if options else "strong"
+        with router.sessionmaker(consistency=level)() as session:
+            streamed = name_of(key).execution_options(yield_per=10, **options)
+            assert session.scalars(streamed).all() == ["old"]
+            session.execute(update(Customer).where(Customer.id == key).values(name="new"))
+            with session.consistency("session"):
+                assert session.scalar(name_of(key)) == "new"
+                session.commit()
+                assert session.scalar(name_of(key)) == "new"
+
     def test_without_reads_nothing_is_asked(self, shop: Shop, router: Router, key: int) -> None:
         with router.sessionmaker()() as session:
             assert not session.token
@@ -269,6 +326,11 @@ class TestTokens:
             router.monitor.close()  # nobody to ask
             assert session.token == known
             router.monitor.start()
+
+    @pytest.mark.parametrize("wrong", [b"s0@1.1.0/1", 5, ["s0@1.1.0/1"]])
+    def test_a_token_that_is_no_text(self, router: Router, wrong: Any) -> None:
+        with pytest.raises(InvalidToken, match="a token is a text"):
+            router.sessionmaker(token=wrong)()
 
     def test_a_token_that_is_none(self, router: Router) -> None:
         for wrong in ("nonsense", "s0@1.1", "s0@1.1.0/1;DROP TABLE customer"):

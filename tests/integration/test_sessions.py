@@ -549,7 +549,7 @@ class TestObjects:
         session.rollback()
 
         assert session.scalar(select(func.count()).select_from(Customer)) == 0
-        assert session.scalars(select(func.pg_is_in_recovery())).one() is True
+        until(lambda: session.scalars(select(func.pg_is_in_recovery())).one() is True)
 
     def test_expire_on_commit_false_reads_nothing(
         self, shop: Shop, router: Router, ran: Ran

@@ -158,6 +158,103 @@ class TestReadOnly:
         asyncio.run(body())
 
 
+class TestPools:
+    """A pooled connection serves the next session as if nothing had been."""
+
+    def test_after_every_kind_of_transaction(
+        self, make_router: Callable[..., Router], keys: tuple[int, int]
+    ) -> None:
+        router = make_router(pool_size=1, max_overflow=0)
+        streamed = name_of(keys[0]).execution_options(yield_per=1)
+        levels = (None, "REPEATABLE READ", "SERIALIZABLE", "READ COMMITTED")
+        with router.sessionmaker()() as session:
+            for level in levels:
+                for read_only in (True, False):
+                    with session.begin(read_only=read_only, isolation_level=level):
+                        assert session.scalar(name_of(keys[0])) == "old"
+                    assert session.scalar(name_of(keys[0])) == "old"
+                    assert session.scalars(streamed).all() == ["old"]
+                    session.rollback()
+                    shown = text("SHOW transaction_isolation").execution_options(**S0)
+                    assert session.scalar(shown) == "read committed"
+                    session.execute(
+                        update(Customer).where(Customer.id == keys[0]).values(name="old")
+                    )
+                    session.commit()
+
+    def test_reads_within_a_streamed_read_need_no_second_connection(
+        self, make_router: Callable[..., Router], keys: tuple[int, int]
+    ) -> None:
+        """Else as many loops as the pool has connections wait for each other."""
+        router = make_router(pool_size=1, max_overflow=0, pool_timeout=1.0)
+        with router.sessionmaker()() as session:
+            streamed = select(Customer).where(Customer.id == keys[0])
+            for customer in session.scalars(streamed.execution_options(yield_per=1)):
+                assert customer.orders == []
+                assert session.scalar(name_of(keys[0])) == "old"
+
+    def test_two_phase_commits_need_no_second_connection(
+        self, held: Shop, make_router: Callable[..., Router]
+    ) -> None:
+        router = make_router(pool_size=1, max_overflow=0, pool_timeout=1.0)
+        key = held.keys("s0")[0]
+        with router.sessionmaker(twophase=True)() as session:
+            session.add(Customer(id=key, name="new"))
+            session.commit()
+            assert session.scalar(name_of(key)) == "new"
+            token = session.token
+        with router.sessionmaker(token=token)() as session:
+            assert session.scalar(name_of(key)) == "new"
+
+    def test_a_refused_write_says_nothing_of_the_primary(
+        self, router: Router, keys: tuple[int, int]
+    ) -> None:
+        """One transaction was read-only; the server is as good as before."""
+        with router.sessionmaker(consistency="strong")() as session:
+            with session.begin(read_only=True):
+                connection = session.connection(bind_arguments={"shard": "s0"})
+                with pytest.raises(exc.DBAPIError, match="read-only transaction"):
+                    connection.execute(text("CREATE TABLE nothing ()"))
+            assert router.monitor.health.of("s0-a").is_readable
+            session.execute(update(Customer).where(Customer.id == keys[0]).values(name="new"))
+            session.commit()
+
+
+class TestListeners:
+    def test_of_after_begin_see_every_transaction(
+        self, router: Router, keys: tuple[int, int], ran: Ran
+    ) -> None:
+        """Many applications set what guards their rows there; so a read begins one for them."""
+        tenant = func.current_setting("app.tenant", True)
+
+        def guard(_: Any, __: Any, connection: Any) -> None:
+            connection.execute(text("SELECT set_config('app.tenant', '7', true)"))
+
+        with router.sessionmaker()() as session:
+            sa.event.listen(session, "after_begin", guard)
+            ran.clear()
+            read = select(tenant, Customer.id).where(Customer.id == keys[0])
+            assert session.scalars(read).all() == ["7"]
+            assert set(ran.nodes) <= REPLICAS
+            assert session.scalars(select(tenant, Customer.id)).all() == ["7", "7"]
+            session.commit()
+            assert session.scalars(select(tenant, Customer.id)).all() == ["7", "7"]
+
+
+def test_a_shard_is_named_as_for_a_connection(
+    shop: Shop, router: Router, keys: tuple[int, int]
+) -> None:
+    with router.sessionmaker()() as session:
+        named = {"bind_arguments": {"shard": "s1"}}
+        assert session.scalars(select(Customer.id), **named).all() == [keys[1]]
+        for wrong in ("moon", ["s0"]):
+            named = {"bind_arguments": {"shard": wrong}}
+            with pytest.raises((UnknownName, PlanError)):
+                session.connection(**named)
+            with pytest.raises((UnknownName, PlanError)):
+                session.scalars(select(Customer.id), **named)
+
+
 class TestIsolation:
     def test_of_a_transaction_on_the_primary(self, router: Router, keys: tuple[int, int]) -> None:
         shown = text("SHOW transaction_isolation")
@@ -287,6 +384,86 @@ class TestSettings:
             savepoint.rollback()
             assert self.value(session) == "7"
 
+    def test_end_with_their_block_whatever_savepoints_do(
+        self, router: Router, keys: tuple[int, int]
+    ) -> None:
+        user = select(func.current_setting("app.user", True))
+        with router.sessionmaker()() as session, session.begin():
+            with session.settings(**{"app.tenant": "7"}):
+                assert self.value(session) == "7"
+                with session.begin_nested():
+                    pass
+            assert self.value(session) == ""
+            with session.settings(**{"app.tenant": "8"}):
+                assert self.value(session) == "8"
+            savepoint = session.begin_nested()
+            assert self.value(session) == ""
+            savepoint.rollback()
+            session.settings(**{"app.user": "x"})
+            assert session.scalar(user, execution_options=S0) == "x"
+            assert self.value(session) == ""
+
+    def test_reach_a_flush_and_a_bulk_insert(
+        self, shop: Shop, router: Router, keys: tuple[int, int]
+    ) -> None:
+        """As the first thing of a transaction, on both shards."""
+        tenant = func.current_setting("app.tenant", True)
+        zero, one = shop.keys("s0", 3)[1:], shop.keys("s1", 3)[1:]
+        with router.sessionmaker(settings={"app.tenant": "7"})() as session:
+            session.add_all(Customer(id=key, name=tenant) for key in (zero[0], one[0]))
+            session.commit()
+            for key in (zero[1], one[1]):
+                session.execute(sa.insert(Customer).values(id=key, name=tenant))
+            session.commit()
+        for shard in ("s0", "s1"):
+            found = shop.on(shard, "SELECT name FROM customer ORDER BY name")
+            assert found == [("7",), ("7",), ("old",)], shard
+
+    def test_of_a_role_commit_on_two_shards(self, shop: Shop, keys: tuple[int, int]) -> None:
+        """Only the role that prepared may finish: it is the one that logs in."""
+        for shard in ("s0", "s1"):
+            shop.on(shard, "DROP ROLE IF EXISTS clerk; CREATE ROLE clerk; "
+                    "GRANT SELECT, UPDATE ON customer TO clerk; "
+                    "CREATE ROLE web LOGIN PASSWORD 'x' IN ROLE clerk; "
+                    "GRANT USAGE ON SCHEMA sqlroute TO web; "
+                    "GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA sqlroute TO web")  # fmt: skip
+        try:
+            nodes = {
+                s.name: [f"postgresql://web:x@{n.conninfo['host']}:{n.port}/{n.conninfo['dbname']}"
+                         for n in s.nodes]
+                for s in shop.servers.shards
+            }  # fmt: skip
+            shards = [{"name": name, "nodes": urls} for name, urls in nodes.items()]
+            keyspace = shop.router.topology.default
+            rules = {"buckets": keyspace.buckets, "shards": shards}
+            with (
+                Router.from_config({"keyspaces": {keyspace.name: rules}}) as router,
+                router.sessionmaker(settings={"role": "clerk"})() as session,
+            ):
+                for customer in session.scalars(select(Customer)):
+                    customer.name = "new"
+                session.commit()
+                assert session.scalars(select(Customer.name)).all() == ["new", "new"]
+        finally:
+            for shard in ("s0", "s1"):
+                shop.on(shard, "DROP OWNED BY web; DROP ROLE web; "
+                        "DROP OWNED BY clerk; DROP ROLE clerk")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "value", ["\\', true); SET default_transaction_read_only=on; --", "E'%s"]
+    )
+    def test_are_quoted(self, shop: Shop, keys: tuple[int, int], value: str) -> None:
+        """Also where strings do not conform to the standard, which a database may say."""
+        shop.on("s0", "ALTER ROLE ALL SET standard_conforming_strings = off")
+        try:
+            router = Router(shop.router.topology, shop.router.policy)
+            with router, router.sessionmaker(settings={"app.tenant": value})() as session:
+                assert self.value(session) == value
+                session.begin_nested()
+                assert self.value(session) == value
+        finally:
+            shop.on("s0", "ALTER ROLE ALL RESET standard_conforming_strings")
+
     def test_guard_rows_on_every_node(
         self, shop: Shop, router: Router, keys: tuple[int, int]
     ) -> None:
@@ -332,6 +509,7 @@ class TestSettings:
             ("app.tenant", None, "has a value of type NoneType"),
             ("app.tenant", b"7", "has a value of type bytes"),
             ("app.tenant", "a\0b", "without NUL"),
+            ("app.tenant", "\ud800", "without NUL"),
         ],
     )
     def test_that_may_not_be_carried(
@@ -343,12 +521,13 @@ class TestSettings:
             assert ran.statements == []
             assert self.value(session) in (None, "")
 
-    def test_that_the_server_refuses_is_its_error(self, router: Router, ran: Ran) -> None:
-        with router.sessionmaker(settings={"wal_level": "minimal"})() as session:
-            with pytest.raises(exc.DBAPIError, match="wal_level"):
+    def test_that_the_server_refuses_is_its_error(self, router: Router) -> None:
+        with router.sessionmaker()() as session:
+            with (
+                session.settings(wal_level="minimal"),
+                pytest.raises(exc.DBAPIError, match="wal_level"),
+            ):
                 self.value(session)
-            session.settings()
-            session._settings = {}
             assert self.value(session) in (None, "")
 
     def test_async(self, keys: tuple[int, int], make_router: Callable[..., Router]) -> None:

@@ -51,7 +51,7 @@ def health(of: Topology, facts: Mapping[str, Mapping[str, Any]] | None = None) -
     """Make the health in which the first node of each shard is its primary and all is well.
 
     Facts of a node: ``lag`` in seconds, ``down`` with the error, ``role``, ``lsn``, ``timeline``,
-    ``unseen``.
+    ``received``, ``unseen``.
     """
     facts = facts or {}
     found = Health.initial(of)
@@ -71,6 +71,7 @@ def health(of: Topology, facts: Mapping[str, Mapping[str, Any]] | None = None) -
                     timeline=fact.get("timeline", 1),
                     system_identifier=number,
                     lsn=fact.get("lsn", END - 0x1000 if lag else END),
+                    received_lsn=fact.get("received"),
                     replay_age=None if is_primary else lag,
                     rtt=0.001,
                 )

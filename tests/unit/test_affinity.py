@@ -15,8 +15,12 @@ def at(lsn: int, shard: str = "s0", epoch: int = 1) -> Position:
     return Position(shard, epoch, 1, lsn)
 
 
+def only(node: str) -> frozenset[str]:
+    return frozenset({node})
+
+
 def test_new_session_has_no_ties() -> None:
-    assert Affinity().of("s0") == ShardAffinity(node=None, pinned=False, token=None)
+    assert Affinity().of("s0") == ShardAffinity(nodes=frozenset(), pinned=None, token=None)
     assert not Affinity().explicit
     assert Affinity().token == Token()
 
@@ -51,12 +55,12 @@ class TestSeen:
         """What the node has shown may be newer still."""
         affinity = Affinity().reading("s0", "s0-b").seen(at(9))
 
-        assert affinity.of("s0") == ShardAffinity("s0-b", token=at(9))
+        assert affinity.of("s0") == ShardAffinity(only("s0-b"), token=at(9))
 
     def test_a_commit_covers_all_reads_of_its_transaction(self) -> None:
         affinity = Affinity().pinned("s0", "s0-a").committed(at(9))
 
-        assert affinity.of("s0") == ShardAffinity(None, pinned=True, token=at(9))
+        assert affinity.of("s0") == ShardAffinity(pinned="s0-a", token=at(9))
         assert affinity.ended().of("s0") == ShardAffinity(token=at(9))
 
 
@@ -64,14 +68,22 @@ class TestTransaction:
     def test_reads_stay_with_their_node(self) -> None:
         affinity = Affinity().reading("s0", "s0-b")
 
-        assert affinity.of("s0").node == "s0-b"
+        assert affinity.of("s0").nodes == {"s0-b"}
         assert affinity.reading("s0", "s0-b") is affinity
+
+    def test_an_unproved_read_adds_its_node(self) -> None:
+        """What the others have shown is not forgotten: it may be newer."""
+        affinity = Affinity().reading("s0", "s0-a").reading("s0", "s0-b", proved=False)
+
+        assert affinity.of("s0").nodes == {"s0-a", "s0-b"}
+        assert affinity.reading("s0", "s0-c").of("s0").nodes == {"s0-c"}
+        assert Affinity().reading("s0", "s0-b", proved=False).of("s0").nodes == {"s0-b"}
 
     def test_pin_is_of_one_shard(self) -> None:
         affinity = Affinity().pinned("s0", "s0-a")
 
-        assert affinity.of("s0") == ShardAffinity("s0-a", pinned=True)
-        assert not affinity.of("s1").pinned
+        assert affinity.of("s0") == ShardAffinity(only("s0-a"), "s0-a")
+        assert affinity.of("s1").pinned is None
         assert affinity.pinned("s0", "s0-a") is affinity
 
     def test_what_was_seen_survives_its_end(self) -> None:
@@ -80,8 +92,8 @@ class TestTransaction:
 
         ended = affinity.set_by_hand("s0").ended()
 
-        assert ended.of("s0") == ShardAffinity("s0-a", token=at(9))
-        assert ended.of("s1") == ShardAffinity("s1-b")
+        assert ended.of("s0") == ShardAffinity(only("s0-a"), token=at(9))
+        assert ended.of("s1") == ShardAffinity(only("s1-b"))
         assert (ended.explicit, ended.read_only, ended.setting) == (False, False, None)
 
     def test_begun_is_explicit(self) -> None:

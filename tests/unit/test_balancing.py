@@ -32,7 +32,7 @@ def sort(
     policy: Policy = SESSION,
     *,
     token: Position | None = None,
-    node: str | None = None,
+    nodes: tuple[str, ...] = (),
     floor: Position | None = None,
     exclude: str = "",
     of: Topology = OF,
@@ -40,7 +40,7 @@ def sort(
 ) -> Candidates:
     known = health(of, {f"main-{letter}": fact for letter, fact in facts.items()})
     excluded = frozenset(f"main-{letter}" for letter in exclude)
-    required = Required(token, node, floor)
+    required = Required(token, frozenset(nodes), floor)
     return candidates("main", known, of, policy, policy.consistency, required, excluded)
 
 
@@ -195,15 +195,20 @@ class TestRequired:
     token = Position("main", 1, 1, 0x1000)
 
     def test_node_of_the_last_read_needs_no_proof(self) -> None:
-        assert names(sort(node="main-c")) == "c"
+        assert names(sort(nodes=("main-c",))) == "c"
 
     def test_another_node_needs_a_floor(self) -> None:
-        found = sort(node="main-c", floor=Position("main", 0, 1, 0x2000), b={"lag": 1.0})
+        found = sort(nodes=("main-c",), floor=Position("main", 0, 1, 0x2000), b={"lag": 1.0})
 
         assert names(found) == "cd"
 
+    def test_several_nodes_need_a_floor_themselves(self) -> None:
+        assert names(sort(nodes=("main-b", "main-c"))) == ""
+        floor = Position("main", 0, 1, 0x2000)
+        assert names(sort(nodes=("main-b", "main-c"), floor=floor)) == "bcd"
+
     def test_token_binds_the_node_of_the_last_read_too(self) -> None:
-        found = sort(token=Position("main", 1, 1, 0x1001), node="main-b", b={"lag": 1.0})
+        found = sort(token=Position("main", 1, 1, 0x1001), nodes=("main-b",), b={"lag": 1.0})
 
         assert names(found) == ""
 
@@ -214,29 +219,42 @@ class TestFloor:
     known = health(OF, {"main-b": {"lag": 1.0}})
 
     def test_is_the_nodes_own(self) -> None:
-        assert floor_of("main", self.known, "main-b", 100.0, frozenset()) == Position(
+        assert floor_of("main", self.known, ["main-b"], 100.0, frozenset()) == Position(
             "main", 0, 1, 0x1000
         )
 
     def test_observed_before_the_read_is_none(self) -> None:
-        assert floor_of("main", self.known, "main-b", 100.1, frozenset()) is None
+        assert floor_of("main", self.known, ["main-b"], 100.1, frozenset()) is None
 
     def test_of_a_node_that_just_failed_is_the_primarys(self) -> None:
-        found = floor_of("main", self.known, "main-b", 100.0, frozenset({"main-b"}))
+        found = floor_of("main", self.known, ["main-b"], 100.0, frozenset({"main-b"}))
 
         assert found == Position("main", 0, 1, 0x2000)
 
     def test_of_a_node_that_is_down_is_the_primarys(self) -> None:
         known = health(OF, {"main-b": {"lag": 1.0, "down": "timed out"}})
 
-        assert floor_of("main", known, "main-b", 100.0, frozenset()) == Position(
+        assert floor_of("main", known, ["main-b"], 100.0, frozenset()) == Position(
             "main", 0, 1, 0x2000
+        )
+
+    def test_of_several_nodes_is_the_newest(self) -> None:
+        found = floor_of("main", self.known, ["main-b", "main-c"], 100.0, frozenset())
+
+        assert found == Position("main", 0, 1, 0x2000)
+
+    def test_of_a_primary_is_all_that_it_has_inserted(self) -> None:
+        """An asynchronous commit is seen before it is flushed."""
+        known = health(OF, {"main-a": {"received": 0x2100}})
+
+        assert floor_of("main", known, ["main-a"], 100.0, frozenset()) == Position(
+            "main", 0, 1, 0x2100
         )
 
     def test_nobody_knows_without_both(self) -> None:
         known = health(OF, {"main-a": {"down": "timed out"}, "main-b": {"down": "timed out"}})
 
-        assert floor_of("main", known, "main-b", 100.0, frozenset()) is None
+        assert floor_of("main", known, ["main-b"], 100.0, frozenset()) is None
 
 
 class TestPatience:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import re
 
 import pytest
@@ -69,3 +71,22 @@ def test_configuration_lists_every_fault() -> None:
 
     assert error.faults == ("a.b: wrong", "c: missing")
     assert str(error) == "a.b: wrong; c: missing"
+
+
+MADE = [
+    errors.ConfigError(("policy.max_lag: no number", "keyspaces: missing")),
+    errors.CrossShardRefused("HAVING", "not merged"),
+    errors.NoPrimary("shard s0 has no primary", "s0"),
+    errors.LostTimeline("lost", shard="s0", timeline=1, fork=16),
+    errors.StaleObjectRead((("Customer", (1,), ("name",)),)),
+    errors.UnknownName("unknown"),
+]
+
+
+@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
+def test_error_travels_between_processes(error: errors.SQLRouteError) -> None:
+    """A job queue pickles what a worker raises."""
+    for found in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(found) is type(error)
+        assert str(found) == str(error)
+        assert vars(found) == vars(error)

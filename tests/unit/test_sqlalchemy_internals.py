@@ -12,7 +12,9 @@ from sqlalchemy import Integer
 from sqlalchemy import inspect as inspect_mapped
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
-from sqlalchemy.orm import Session
+from sqlalchemy.engine.util import TransactionalContext
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.pool.base import _ConnectionFairy
 
@@ -147,6 +149,22 @@ def test_all_mappers_can_be_listed() -> None:
     assert mapper in Base.registry.mappers
     assert not mapper.class_manager.dispatch.load
     assert not mapper.dispatch.before_update
+
+
+def test_session_checks_the_state_of_its_transaction() -> None:
+    """A read outside of it asks for that check itself."""
+    assert parameters(TransactionalContext._trans_ctx_check) == ["subject"]
+    assert parameters(SessionTransaction._raise_for_prerequisite_state)[1:] == [
+        "operation_name",
+        "state",
+    ]
+    assert SessionTransactionState.ACTIVE
+    assert Session().binds == {}
+
+
+def test_options_of_listeners_are_kept_apart() -> None:
+    """``ORMExecuteState`` holds what ``update_execution_options`` added."""
+    assert "_update_execution_options" in ORMExecuteState.__slots__
 
 
 def test_dialect_doors_have_their_signatures() -> None:
