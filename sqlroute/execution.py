@@ -229,6 +229,8 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
         stale = _is_stale_load(described, target)
         return call.run(engine, token=token, scalar=call.scalar, stale=stale)
     result = _write(call, target, token=token, scalar=call.scalar)
+    if described.shape.statement.is_text:
+        session._settings.unsettled()  # it may have been ROLLBACK TO SAVEPOINT, or a SET
     if described.shape.statement.sets:
         session._affinity = session._affinity.set_by_hand(target.shard)
     return result
@@ -255,7 +257,7 @@ def _begin_reading(session: RoutingMixin, target: Target) -> None:
     if not target.is_primary:
         session._streaming |= {target.node}
         session._affinity = session._affinity.reading(
-            target.shard, target.node, proved=target.is_proved
+            target.shard, target.node, target.life, proved=target.is_proved
         )
 
 
@@ -310,7 +312,7 @@ def _read(
                 raise
         else:
             session._affinity = session._affinity.reading(
-                shard, target.node, proved=target.is_proved
+                shard, target.node, target.life, proved=target.is_proved
             )
             return result
 

@@ -79,7 +79,10 @@ class Observation:
         timeline: 0 if unknown.
         system_identifier: 0 if the role may not read it.
         lsn: in bytes; flushed on a primary, replayed on a replica.
-        received_lsn: what a replica holds on its own disk, in bytes.
+        received_lsn: what a replica holds on its own disk, or a primary has inserted into its log,
+            flushed or not, in bytes.
+        life: another number whenever the probe had to connect anew: the server may have crashed,
+            and a standby then starts over from before what it has shown.
         replay_age: seconds since the time stamp of the last transaction a replica replayed.
         rtt: seconds of the probe's round trip, without connecting.
         epoch: of the shard map in the shard's catalog; None without a catalog.
@@ -103,6 +106,7 @@ class Observation:
     version: int = 0
     orders_by_code_point: bool = False
     accepts_writes: bool = False
+    life: int = 0
 
     @classmethod
     def failed(cls, node: str, at: float, error: str, *, hung: bool = False) -> Observation:
@@ -123,6 +127,7 @@ class NodeHealth:
         refused: not empty: must not be used whatever its state, and why.
         hung: its last failure was a deadline.
         epoch, epoch_at: of the shard map in its catalog, and when that was asked.
+        life: as in :class:`Observation`.
         seen_at: when the last probe that succeeded was sent; minus infinity before the first.
         failed_at: when the last failure was noted.
     """
@@ -150,6 +155,7 @@ class NodeHealth:
     version: int = 0
     orders_by_code_point: bool = False
     accepts_writes: bool = False
+    life: int = 0
     seen_at: float = NEVER
     failed_at: float = NEVER
 
@@ -382,6 +388,7 @@ def _after_success(node: NodeHealth, seen: Observation) -> NodeHealth:
         version=seen.version,
         orders_by_code_point=seen.orders_by_code_point,
         accepts_writes=seen.accepts_writes,
+        life=seen.life,
         seen_at=seen.at,
     )
 

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.catalog.functions import FunctionReader
-from sqlroute.errors import NoEligibleNode, NoPrimary, ShardMapUnavailable, UnknownName
+from sqlroute.errors import (
+    ForeignToken,
+    NoEligibleNode,
+    NoPrimary,
+    ShardMapUnavailable,
+    UnknownName,
+)
 from sqlroute.health import Health, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
@@ -39,7 +45,7 @@ from sqlroute.routing.target import (
     Unproven,
     bind_target,
 )
-from sqlroute.routing.token import Position
+from sqlroute.routing.token import Position, format_lsn
 from sqlroute.runtime.engines import Engines
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
@@ -287,6 +293,7 @@ class Router:
         while True:
             left = max(deadline - time.monotonic(), 0.005)
             health = blocking(engines, self.monitor.ask, shard, left)
+            _check_reached(tie.token, health, began)
             floor = situation.floors.get(shard)
             if tie.nodes and floor is None:
                 floor = floor_of(shard, health, tie.nodes, began, situation.exclude)
@@ -324,10 +331,11 @@ class Router:
                 health = blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
                 floor = floor_of(shard, health, tie.nodes, began, frozenset())
                 if floor is None and time.monotonic() > began + self.policy.probe_deadline:
+                    nodes = ", ".join(sorted(node for node, _ in tie.nodes))
                     raise NoEligibleNode(
-                        f"the session has read from {', '.join(sorted(tie.nodes))}, which does not "
-                        f"answer now, nor does the primary of shard {shard}: nobody knows how much "
-                        "it has seen; try again"
+                        f"the session has read from {nodes}, which does not answer now, nor does "
+                        f"the primary of shard {shard}: nobody knows how much it has seen; "
+                        "try again"
                     )
             affinity = affinity.seen(self.position(shard, floor.timeline, floor.lsn))
         return affinity
@@ -640,6 +648,23 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _check_reached(token: Position | None, health: Health, since: float) -> None:
+    """Refuse a token that its shard has never got to: of a state that a restored backup undid.
+
+    Raises:
+        ForeignToken: the primary, asked after ``since``, is not as far on the same timeline.
+    """
+    primary = health.primary(token.shard) if token is not None else None
+    if token is None or primary is None or primary.lsn_at < since:
+        return
+    end = max(primary.lsn, primary.received_lsn or 0)
+    if token.timeline == primary.timeline and token.lsn > end:
+        raise ForeignToken(
+            f"the token has seen {format_lsn(token.lsn)} of shard {token.shard}, whose primary has "
+            f"got to {format_lsn(end)}: a backup was restored, or the token was made up; drop it"
+        )
 
 
 def _is_unflushed(position: Position, health: Health) -> bool:

@@ -50,6 +50,7 @@ from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.policy import (
     Consistency,
+    Demand,
     Intent,
     consistency_named,
     intent_named,
@@ -118,6 +119,8 @@ class RoutingMixin(_Base):
             self._demand = replace(self._demand, consistency=consistency_named(consistency))
         if intent is not None:
             self._demand = replace(self._demand, intent=intent_named(intent))
+        self._base = self._demand
+        self._blocks: list[dict[str, Any]] = []
         self._settings = Settings()
         self._is_proved = True  # the node that is enlisted next has all that the session has seen
         self._given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
@@ -129,8 +132,8 @@ class RoutingMixin(_Base):
         self._is_sharded = any(k.is_sharded for k in router.topology.keyspaces)
         if token is not None:
             self.follow(token)
-        if settings:
-            self.settings(**settings)
+        if settings is not None:
+            self._settings.want(settings)
         super().__init__(*arguments, **options)
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -203,12 +206,18 @@ class RoutingMixin(_Base):
 
     @contextmanager
     def _demanding(self, **changes: Any) -> Iterator[None]:
-        before = {name: getattr(self._demand, name) for name in changes}
-        self._demand = replace(self._demand, **changes)
+        self._blocks.append(changes)
+        self._demand = self._demanded()
         try:
             yield
-        finally:
-            self._demand = replace(self._demand, **before)
+        finally:  # blocks need not end in the order in which they began
+            self._blocks = [block for block in self._blocks if block is not changes]
+            self._demand = self._demanded()
+
+    def _demanded(self) -> Demand:
+        """Return what is asked for: of the session, its transaction and the blocks it is in."""
+        changes = {name: value for block in self._blocks for name, value in block.items()}
+        return replace(self._base, **changes) if changes else self._base
 
     def settings(self, **settings: Any) -> AbstractContextManager[None]:
         """Give run-time parameters to every connection that the session takes from now on.
@@ -300,6 +309,7 @@ class RoutingMixin(_Base):
 
     def _enlisted(self, target: Target) -> Connection:
         """Return the transaction's connection to a node, begun if it is the first."""
+        self._is_proved = target.is_proved
         engine = self._routes.engine(target.node)
         connection: Connection = self._connection_for_bind(engine)
         return connection
@@ -543,7 +553,8 @@ class RoutingMixin(_Base):
         read_only = read_only or self._demand.only_reads
         self._affinity = self._affinity.begun(read_only=read_only)
         if isolation_level is not None:
-            self._demand = replace(self._demand, snapshot=isolation_level)
+            self._base = replace(self._base, snapshot=isolation_level)
+            self._demand = self._demanded()
             self._options = {"isolation_level": isolation_level}
         if read_only:
             self._options = {**self._options, "postgresql_readonly": True}
@@ -683,8 +694,10 @@ def _after_begin(session: Any, transaction: Any, connection: Connection) -> None
     if node in session._streaming:
         return  # a replica; it has no part in the commit
     shard = session._router.topology.shard_of_node[node]
+    known = session._router.monitor.health.nodes.get(node)
+    life = known.life if known is not None else 0
     proved = session._is_proved
-    session._affinity = session._affinity.pinned(shard, node, proved=proved)
+    session._affinity = session._affinity.pinned(shard, node, life, proved=proved)
     if session._affinity.read_only:
         return
     if session._group is None:
@@ -717,7 +730,8 @@ def _after_transaction_end(session: Any, transaction: Any) -> None:
         if session._options:
             session._options = _NOTHING
             session._optioned.clear()
-            session._demand = replace(session._demand, snapshot=None)
+            session._base = replace(session._base, snapshot=None)
+            session._demand = session._demanded()
 
 
 class RoutingSession(RoutingMixin, Session):

@@ -13,6 +13,8 @@ from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
+from sqlroute.errors import InDoubtCommit
+
 GID_LIKE = "sqlroute:%"
 
 _PREPARED = """
@@ -44,8 +46,12 @@ def recover(engines: Mapping[str, Any], older_than: float = 10.0) -> tuple[Recov
         engines: for each shard the SQLAlchemy engine of its primary.
         older_than: seconds that a transaction must have been prepared; a younger one may still
             be in the hands of its process.
+
+    Raises:
+        InDoubtCommit: some could not be finished by this role; all others were.
     """
     finished: list[Recovered] = []
+    refused: list[str] = []
     for shard, engine in engines.items():
         with _connect(engine).execution_options(isolation_level="AUTOCOMMIT") as connection:
             gids = connection.exec_driver_sql(_PREPARED, (GID_LIKE, older_than)).scalars().all()
@@ -54,8 +60,18 @@ def recover(engines: Mapping[str, Any], older_than: float = 10.0) -> tuple[Recov
                 if designated not in engines:
                     continue  # another keyspace's or an unreachable shard's decision
                 committed = _decide(engines[designated], transaction)
-                if _finish(connection, gid, "COMMIT" if committed else "ROLLBACK"):
+                try:
+                    done = _finish(connection, gid, "COMMIT" if committed else "ROLLBACK")
+                except DBAPIError as error:  # prepared by another role, say: go on with the rest
+                    refused.append(f"{gid} on {shard}: {str(error.orig).splitlines()[0]}")
+                    continue
+                if done:
                     finished.append(Recovered(shard, gid, committed))
+    if refused:
+        raise InDoubtCommit(
+            f"{len(finished)} prepared transaction(s) finished, {len(refused)} refused: "
+            f"{'; '.join(refused)}; run it as the role that prepared them, or as a superuser"
+        )
     return tuple(finished)
 
 

@@ -18,16 +18,16 @@ class ShardAffinity:
     """One session's ties to one shard.
 
     Attributes:
-        nodes: those that have answered, where what they showed may be newer than the token. Nobody
-            knows how new; so a session stays with the one it reads from, and leaves it only for
-            one that has passed a position observed on it afterwards
-            (:class:`sqlroute.routing.target.Unproven`). More than one after reads that asked for
-            no such proof.
+        nodes: those that have answered, where what they showed may be newer than the token, each
+            with its life (:class:`sqlroute.health.Observation`). Nobody knows how new; so a session
+            stays with the one it reads from, and leaves it only for one that has passed a position
+            observed on it afterwards (:class:`sqlroute.routing.target.Unproven`). More than one
+            after reads that asked for no such proof.
         pinned: the node on which the transaction under way is open, if it is.
         token: the newest state the session is known to have seen.
     """
 
-    nodes: frozenset[str] = frozenset()
+    nodes: frozenset[tuple[str, int]] = frozenset()
     pinned: str | None = None
     token: Position | None = None
 
@@ -64,24 +64,26 @@ class Affinity:
         found = [tie.token for tie in self.shards.values() if tie.token is not None]
         return Token(tuple(sorted(found, key=lambda position: position.shard)))
 
-    def reading(self, shard: str, node: str, *, proved: bool = True) -> Affinity:
+    def reading(self, shard: str, node: str, life: int = 0, *, proved: bool = True) -> Affinity:
         """After a read outside of a transaction.
 
         Args:
             proved: the node was known to have all that the session had seen.
         """
         tie = self.of(shard)
-        nodes = _only(node) if proved or not tie.nodes else tie.nodes | {node}
+        nodes = only = _only(node, life)
+        if not proved and tie.nodes:
+            nodes = tie.nodes | only
         if nodes == tie.nodes:
             return self if self.last == shard else replace(self, last=shard)
         return replace(self._with(shard, replace(tie, nodes=nodes)), last=shard)
 
-    def pinned(self, shard: str, node: str, *, proved: bool = True) -> Affinity:
+    def pinned(self, shard: str, node: str, life: int = 0, *, proved: bool = True) -> Affinity:
         """After a node was enlisted: what the transaction does on this shard, it does there."""
         tie = self.of(shard)
         if tie.pinned == node:
             return self
-        nodes = _only(node) if proved else tie.nodes | {node}
+        nodes = _only(node, life) if proved else tie.nodes | _only(node, life)
         return replace(self._with(shard, replace(tie, nodes=nodes, pinned=node)), last=shard)
 
     def seen(self, position: Position) -> Affinity:
@@ -117,4 +119,4 @@ class Affinity:
         return replace(self, shards=MappingProxyType({**self.shards, shard: tie}))
 
 
-_only = lru_cache(maxsize=4096)(lambda node: frozenset({node}))
+_only = lru_cache(maxsize=4096)(lambda node, life: frozenset({(node, life)}))

@@ -91,14 +91,14 @@ class Required:
     """
 
     token: Position | None
-    nodes: frozenset[str]
+    nodes: frozenset[tuple[str, int]]
     floor: Position | None
 
     def is_met_by(self, node: NodeHealth) -> bool:
         if self.token is not None and not has_replayed(node, self.token):
             return False
         nodes = self.nodes
-        if not nodes or (len(nodes) == 1 and node.node in nodes):
+        if not nodes or (len(nodes) == 1 and (node.node, node.life) in nodes):
             return True
         return self.floor is not None and has_replayed(node, self.floor)
 
@@ -109,18 +109,22 @@ def has_replayed(node: NodeHealth, position: Position) -> bool:
 
 
 def floor_of(
-    shard: str, health: Health, nodes: Iterable[str], since: float, exclude: frozenset[str]
+    shard: str,
+    health: Health,
+    nodes: Iterable[tuple[str, int]],
+    since: float,
+    exclude: frozenset[str],
 ) -> Position | None:
     """Return a position that covers all that the nodes have shown before the time ``since``.
 
-    Their own, observed later; when one is gone the primary's: no replica is ahead of that. ``None``
-    when neither has answered. A primary shows what others committed asynchronously before it is
-    flushed, so all that it has inserted counts.
+    Their own, observed later; when one is gone, or has another life by now, the primary's: no
+    replica is ahead of that. ``None`` when neither has answered. A primary shows what others have
+    committed asynchronously before it is flushed, so all that it has inserted counts.
     """
     found: Position | None = None
-    for node in nodes:
+    for node, life in nodes:
         known = health.nodes.get(node)
-        if known is None or node in exclude or not known.is_readable or known.lsn_at < since:
+        if known is None or node in exclude or not _tells(known, life, since):
             known = health.primary(shard)
             if known is None or known.node in exclude or known.lsn_at < since:
                 return None
@@ -130,6 +134,10 @@ def floor_of(
         position = Position(shard, 0, known.timeline, lsn)
         found = position if found is None else newest(found, position)
     return found
+
+
+def _tells(node: NodeHealth, life: int, since: float) -> bool:
+    return node.is_readable and node.life == life and node.lsn_at >= since
 
 
 LONGEST_WAIT = 0.1

@@ -26,6 +26,7 @@ class Target:
         in_transaction: it runs in the session's transaction; else in AUTOCOMMIT, one round trip.
         reason: why this node.
         is_proved: it has all that the session has seen.
+        life: of the node, as known when it was chosen.
     """
 
     shard: str
@@ -34,6 +35,7 @@ class Target:
     in_transaction: bool
     reason: str
     is_proved: bool = True
+    life: int = 0
 
     def __str__(self) -> str:
         role = "primary" if self.is_primary else "replica"

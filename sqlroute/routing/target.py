@@ -212,16 +212,17 @@ def _for_read(
     required = Required(tie.token, tie.nodes, situation.floors.get(shard))
     sessional = consistency is Consistency.SESSION
     if len(tie.nodes) == 1:
-        (node,) = tie.nodes
+        ((node, life),) = tie.nodes
         known = health.nodes.get(node)
         bounds = None if consistency is Consistency.EVENTUAL else policy
         if (
             known is not None
+            and known.life == life
             and known.role is Role.REPLICA
             and (not sessional or required.is_met_by(known))
             and refusal(known, topology, bounds, situation.exclude) is None
         ):
-            return made(shard, node, False, within, "the session reads from it")
+            return made(shard, node, False, within, "the session reads from it", True, life)
     found = candidates(shard, health, topology, policy, consistency, required, situation.exclude)
     if found.fresh:
         chosen = choose(found.fresh, situation.loads, rng)
@@ -230,7 +231,7 @@ def _for_read(
             if tie.token is None or not sessional
             else f"has replayed what {describe_token(tie.token)}"
         )
-        return made(shard, chosen.node, False, within, why, sessional)
+        return made(shard, chosen.node, False, within, why, sessional, chosen.life)
     if found.unproven and situation.may_wait:
         time = patience(found.unproven, policy)
         if time > 0:

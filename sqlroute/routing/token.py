@@ -96,6 +96,8 @@ class Token:
 
     def __or__(self, other: Token) -> Token:
         """Return the token of whoever has seen both."""
+        if not isinstance(other, Token):
+            return NotImplemented
         found = {position.shard: position for position in self.positions}
         for position in other.positions:
             known = found.get(position.shard)

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy.pool.base import _ConnectionFairy
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqlroute.errors import InDoubtCommit, TopologyError
 from sqlroute.routing.token import parse_lsn
@@ -30,7 +31,7 @@ COMMIT_WITH_LSN = """SELECT current_setting('synchronous_commit') = 'off'
 OR pg_current_xact_id_if_assigned() IS NULL; COMMIT; SELECT
 CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn() END,
 CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn() END"""
-AS_LOGIN_ROLE = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL ROLE NONE"
+AS_LOGIN_ROLE = "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL role TO DEFAULT"
 """Sent before what a transaction of several shards does on its own account.
 
 Only the role that prepared a transaction may finish it, and a session's ``SET LOCAL ROLE`` is over
@@ -104,7 +105,10 @@ class CommitGroup:
         if len(writers) > 1:
             self._done = True
             self._check_alive(writers)
-            self._commit_all(writers)
+            if _is_async(connection):
+                _to_the_end(self._commit_all, writers)
+            else:
+                self._commit_all(writers)
         elif writers and shard not in writers:
             return  # its turn is after the writer's, which alone decides
         else:
@@ -153,8 +157,8 @@ class CommitGroup:
         prepared: list[str] = []
         try:
             for shard in others:
+                prepared.append(shard)  # before: its answer may be what gets lost
                 self._prepare(shard, gids[shard])
-                prepared.append(shard)
             record = f"INSERT INTO sqlroute.commit_record (transaction) VALUES ('{transaction}')"  # noqa: S608 - a uuid
             _run(self._connections[designated], f"{AS_LOGIN_ROLE}; {record}")
         except BaseException:
@@ -215,6 +219,35 @@ class CommitGroup:
                 _outside(self._connections[shard], f"ROLLBACK PREPARED '{gids[shard]}'")
             except Exception:  # no record exists, so recovery rolls it back
                 continue
+
+
+def _to_the_end(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function to its end in async, also when the task that calls it is cancelled.
+
+    Between PREPARE and the last COMMIT PREPARED rows are locked until somebody finishes it. The
+    cancellation is raised after that.
+    """
+    import asyncio
+
+    async def run() -> None:
+        task = asyncio.ensure_future(greenlet_spawn(function, *arguments))
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError as error:
+                if task.cancelled():
+                    raise
+                cancelled = error
+            except Exception:  # raised below, with what came between
+                break
+        error_of_task = task.exception()
+        if error_of_task is not None:
+            raise error_of_task
+        if cancelled is not None:
+            raise cancelled
+
+    await_only(run())
 
 
 def commit_with_lsn(connection: Any) -> int | None:

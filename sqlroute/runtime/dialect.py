@@ -121,6 +121,9 @@ class _Doors(PGDialect_psycopg):
             if dbapi_connection.info.pop(READING, False) and not _in_transaction(dbapi_connection):
                 return  # nothing was begun
             CommitGroup.leave(dbapi_connection)
+            if getattr(dbapi_connection.driver_connection, "_pipeline", None) is not None:
+                dbapi_connection.invalidate()  # a cancelled executemany has not left its pipeline
+                return
             if is_lost(dbapi_connection):  # lost in a commit: the server has rolled back long since
                 if dbapi_connection.driver_connection is not None:
                     dbapi_connection.invalidate(soft=True)

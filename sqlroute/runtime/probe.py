@@ -10,6 +10,7 @@ Runs on the monitor's event loop. Decides nothing: see :mod:`sqlroute.health`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
 APPLICATION_NAME = "sqlroute monitor"
+
+_lives = itertools.count(1)
 
 # Facts that cannot change while a connection lives. Every sort of the builtin provider (17 and
 # later) goes by code point, as do C and POSIX, and C.UTF-8 since Debian and glibc 2.35; only in
@@ -112,6 +115,7 @@ class Probe:
         self._connection: AsyncConnection[Any] | None = None
         self._watched: int | None = None
         self._facts: _Facts | None = None
+        self._life = 0
         self._catalog: int | None = None
         self._unreadable_catalog: int | None = None
 
@@ -205,6 +209,7 @@ class Probe:
             version=facts.version,
             orders_by_code_point=facts.orders_by_code_point,
             accepts_writes=not standby and writable,
+            life=self._life,
         )
 
     async def _query(self, connection: AsyncConnection[Any], facts: _Facts) -> tuple[Any, ...]:
@@ -239,6 +244,7 @@ class Probe:
             **_parameters(self.node), autocommit=True, prepare_threshold=0
         )
         self._connection = connection
+        self._life = next(_lives)
         lock_timeout = f"{max(1, round(deadline * 1000 / 4))}ms"
         row = await _row(connection, _FACTS, (lock_timeout,))
         version, by_code_point, may_identify, may_read_control_file, _ = row

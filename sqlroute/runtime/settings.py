@@ -14,6 +14,9 @@ from typing import Any
 
 from sqlroute.errors import PlanError, SettingRefused
 
+UNSETTLED = "sqlroute.unsettled"
+"""Set in a connection's ``info`` when a savepoint was rolled back, by whomever."""
+
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
@@ -40,6 +43,8 @@ def checked(settings: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         SettingRefused: a name is none, a value has no text, or routing depends on the setting.
     """
+    if not isinstance(settings, Mapping):
+        raise SettingRefused(f"settings are names with values, not {settings!r:.80}")
     found: dict[str, str] = {}
     for name, value in settings.items():
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
@@ -77,6 +82,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.wanted: Mapping[str, str] = _NONE
+        self._wishes: list[Mapping[str, str]] = []
         self._given: dict[Any, dict[str, str | None]] = {}
         self._before: dict[Any, dict[str, str]] = {}
 
@@ -94,9 +100,19 @@ class Settings:
         Raises:
             SettingRefused: a setting that sessions may not carry.
         """
-        before = self.wanted
-        self.wanted = MappingProxyType({**before, **checked(settings)})
-        return Block(self, before)
+        wish = checked(settings)
+        self._wishes.append(wish)
+        self._merge()
+        return Block(self, wish)
+
+    def take_back(self, wish: Mapping[str, str]) -> None:
+        """Forget one wish; later ones stay."""
+        self._wishes = [kept for kept in self._wishes if kept is not wish]
+        self._merge()
+
+    def _merge(self) -> None:
+        merged = {name: value for wish in self._wishes for name, value in wish.items()}
+        self.wanted = MappingProxyType(merged)
 
     def give(self, connection: Any) -> None:
         """Bring a connection of the transaction up to what is wanted, if it is not.
@@ -107,6 +123,8 @@ class Settings:
         Raises:
             PlanError: its isolation level is AUTOCOMMIT, in which nothing is undone.
         """
+        if connection.info.pop(UNSETTLED, False):
+            self.unsettled()
         given, wanted = self._given.get(connection, {}), self.wanted
         if given == wanted:
             return
@@ -139,9 +157,9 @@ class Settings:
 class Block:
     """What :meth:`Settings.want` returns."""
 
-    def __init__(self, settings: Settings, before: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, wish: Mapping[str, str]) -> None:
         self._settings = settings
-        self._before = before
+        self._wish = wish
 
     def __enter__(self) -> None:
         return None
@@ -152,7 +170,7 @@ class Block:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._settings.wanted = self._before
+        self._settings.take_back(self._wish)
 
 
 def with_begin(settings: Mapping[str, str]) -> str:

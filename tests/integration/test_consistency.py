@@ -277,6 +277,30 @@ class TestTokens:
         with router.sessionmaker(token=token)() as session:
             assert session.scalar(name_of(key)) == "new"
 
+    def test_an_eventual_scatter_in_a_transaction_forgets_nothing(
+        self, key: int, held: Shop, router: Router
+    ) -> None:
+        with router.sessionmaker()() as session:
+            rename(session, key, "new")
+        with router.sessionmaker()() as session:
+            with session.consistency("strong"):
+                assert session.scalar(name_of(key)) == "new"
+            session.commit()
+            with session.begin(read_only=True), session.consistency("eventual"):
+                assert session.scalars(select(Customer.name)).all() == ["old"]
+            assert session.scalar(name_of(key)) == "new"
+
+    def test_a_token_that_its_shard_has_never_got_to(self, router: Router, key: int) -> None:
+        """After the restore of a backup on the same timeline, say."""
+        position = router.monitor.ask("s0", 1.0).primary("s0")
+        assert position is not None
+        ahead = Position("s0", 0, position.timeline, position.lsn + 2**30)
+        with (
+            router.sessionmaker(token=Token((ahead,)))() as session,
+            pytest.raises(ForeignToken, match="whose primary has got to"),
+        ):
+            session.scalar(name_of(key))
+
     def test_what_others_commit_asynchronously_is_not_unseen(
         self, shop: Shop, router: Router, key: int
     ) -> None:

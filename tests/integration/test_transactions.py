@@ -403,6 +403,46 @@ class TestSettings:
             assert session.scalar(user, execution_options=S0) == "x"
             assert self.value(session) == ""
 
+    def test_end_with_their_own_block_in_any_order(
+        self, router: Router, keys: tuple[int, int]
+    ) -> None:
+        """As two generators of a web framework may end; what holds for the session stays."""
+        with router.sessionmaker()() as session:
+            one = session.settings(**{"app.tenant": "1"})
+            two = session.settings(**{"app.tenant": "2"})
+            reading, tolerant = session.reading(), session.lag_tolerant()
+            for block in (one, two, reading, tolerant):
+                block.__enter__()
+            session.settings(**{"app.user": "x"})
+            assert self.value(session) == "2"
+            one.__exit__(None, None, None)
+            assert self.value(session) == "2"
+            two.__exit__(None, None, None)
+            assert self.value(session) in (None, "")
+            user = select(func.current_setting("app.user", True))
+            assert session.scalar(user, execution_options=S0) == "x"
+            reading.__exit__(None, None, None)
+            with pytest.raises(ReadOnlyRefused, match="lag_tolerant"):
+                session.execute(update(Customer).values(name="y"))
+            tolerant.__exit__(None, None, None)
+            session.execute(update(Customer).where(Customer.id == keys[0]).values(name="y"))
+
+    def test_survive_savepoints_that_the_session_does_not_know(
+        self, router: Router, keys: tuple[int, int]
+    ) -> None:
+        with router.sessionmaker()() as session, session.begin():
+            connection = session.connection(bind_arguments={"shard": "s0"})
+            savepoint = connection.begin_nested()
+            session.settings(**{"app.tenant": "7"})
+            assert self.value(session) == "7"
+            savepoint.rollback()
+            assert self.value(session) == "7"
+            session.execute(text("SAVEPOINT a"), execution_options=S0)
+            session.settings(**{"app.tenant": "8"})
+            assert self.value(session) == "8"
+            session.execute(text("ROLLBACK TO SAVEPOINT a"), execution_options=S0)
+            assert self.value(session) == "8"
+
     def test_reach_a_flush_and_a_bulk_insert(
         self, shop: Shop, router: Router, keys: tuple[int, int]
     ) -> None:
@@ -510,6 +550,7 @@ class TestSettings:
             ("app.tenant", b"7", "has a value of type bytes"),
             ("app.tenant", "a\0b", "without NUL"),
             ("app.tenant", "\ud800", "without NUL"),
+            (5, "7", "no name of a setting"),
         ],
     )
     def test_that_may_not_be_carried(
@@ -517,7 +558,7 @@ class TestSettings:
     ) -> None:
         with router.sessionmaker()() as session:
             with pytest.raises(SettingRefused, match=message):
-                session.settings(**{name: value})
+                router.sessionmaker(settings={name: value})()
             assert ran.statements == []
             assert self.value(session) in (None, "")
 

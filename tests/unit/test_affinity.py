@@ -15,8 +15,8 @@ def at(lsn: int, shard: str = "s0", epoch: int = 1) -> Position:
     return Position(shard, epoch, 1, lsn)
 
 
-def only(node: str) -> frozenset[str]:
-    return frozenset({node})
+def only(*nodes: str) -> frozenset[tuple[str, int]]:
+    return frozenset((node, 0) for node in nodes)
 
 
 def test_new_session_has_no_ties() -> None:
@@ -68,16 +68,16 @@ class TestTransaction:
     def test_reads_stay_with_their_node(self) -> None:
         affinity = Affinity().reading("s0", "s0-b")
 
-        assert affinity.of("s0").nodes == {"s0-b"}
+        assert affinity.of("s0").nodes == only("s0-b")
         assert affinity.reading("s0", "s0-b") is affinity
 
     def test_an_unproved_read_adds_its_node(self) -> None:
         """What the others have shown is not forgotten: it may be newer."""
         affinity = Affinity().reading("s0", "s0-a").reading("s0", "s0-b", proved=False)
 
-        assert affinity.of("s0").nodes == {"s0-a", "s0-b"}
-        assert affinity.reading("s0", "s0-c").of("s0").nodes == {"s0-c"}
-        assert Affinity().reading("s0", "s0-b", proved=False).of("s0").nodes == {"s0-b"}
+        assert affinity.of("s0").nodes == only("s0-a", "s0-b")
+        assert affinity.reading("s0", "s0-c").of("s0").nodes == only("s0-c")
+        assert Affinity().reading("s0", "s0-b", proved=False).of("s0").nodes == only("s0-b")
 
     def test_pin_is_of_one_shard(self) -> None:
         affinity = Affinity().pinned("s0", "s0-a")

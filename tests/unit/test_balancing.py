@@ -40,7 +40,7 @@ def sort(
 ) -> Candidates:
     known = health(of, {f"main-{letter}": fact for letter, fact in facts.items()})
     excluded = frozenset(f"main-{letter}" for letter in exclude)
-    required = Required(token, frozenset(nodes), floor)
+    required = Required(token, frozenset((node, 0) for node in nodes), floor)
     return candidates("main", known, of, policy, policy.consistency, required, excluded)
 
 
@@ -219,27 +219,33 @@ class TestFloor:
     known = health(OF, {"main-b": {"lag": 1.0}})
 
     def test_is_the_nodes_own(self) -> None:
-        assert floor_of("main", self.known, ["main-b"], 100.0, frozenset()) == Position(
+        assert floor_of("main", self.known, [("main-b", 0)], 100.0, frozenset()) == Position(
             "main", 0, 1, 0x1000
         )
 
     def test_observed_before_the_read_is_none(self) -> None:
-        assert floor_of("main", self.known, ["main-b"], 100.1, frozenset()) is None
+        assert floor_of("main", self.known, [("main-b", 0)], 100.1, frozenset()) is None
 
     def test_of_a_node_that_just_failed_is_the_primarys(self) -> None:
-        found = floor_of("main", self.known, ["main-b"], 100.0, frozenset({"main-b"}))
+        found = floor_of("main", self.known, [("main-b", 0)], 100.0, frozenset({"main-b"}))
 
         assert found == Position("main", 0, 1, 0x2000)
 
     def test_of_a_node_that_is_down_is_the_primarys(self) -> None:
         known = health(OF, {"main-b": {"lag": 1.0, "down": "timed out"}})
 
-        assert floor_of("main", known, ["main-b"], 100.0, frozenset()) == Position(
+        assert floor_of("main", known, [("main-b", 0)], 100.0, frozenset()) == Position(
             "main", 0, 1, 0x2000
         )
 
+    def test_of_a_node_that_has_started_over_is_the_primarys(self) -> None:
+        """A standby that crashed comes back at an older position than it has shown."""
+        found = floor_of("main", self.known, [("main-b", 7)], 100.0, frozenset())
+
+        assert found == Position("main", 0, 1, 0x2000)
+
     def test_of_several_nodes_is_the_newest(self) -> None:
-        found = floor_of("main", self.known, ["main-b", "main-c"], 100.0, frozenset())
+        found = floor_of("main", self.known, [("main-b", 0), ("main-c", 0)], 100.0, frozenset())
 
         assert found == Position("main", 0, 1, 0x2000)
 
@@ -247,14 +253,14 @@ class TestFloor:
         """An asynchronous commit is seen before it is flushed."""
         known = health(OF, {"main-a": {"received": 0x2100}})
 
-        assert floor_of("main", known, ["main-a"], 100.0, frozenset()) == Position(
+        assert floor_of("main", known, [("main-a", 0)], 100.0, frozenset()) == Position(
             "main", 0, 1, 0x2100
         )
 
     def test_nobody_knows_without_both(self) -> None:
         known = health(OF, {"main-a": {"down": "timed out"}, "main-b": {"down": "timed out"}})
 
-        assert floor_of("main", known, ["main-b"], 100.0, frozenset()) is None
+        assert floor_of("main", known, [("main-b", 0)], 100.0, frozenset()) is None
 
 
 class TestPatience:
