@@ -232,14 +232,17 @@ class Router:
             self._read_history(question.shard, engines)
             situation.histories = self._histories
 
-    def explain(self, statement: Any, parameters: Any = None) -> Plan:
+    def explain(self, statement: Any, parameters: Any = None, **options: Any) -> Plan:
         """Return the plan that a new session would make for a statement, without running it.
+
+        Args:
+            options: of the session: ``consistency``, ``intent``, ``token``.
 
         Raises: as :meth:`plan`.
         """
         from sqlroute.session import RoutingSession
 
-        with RoutingSession(router=self) as session:
+        with RoutingSession(router=self, **options) as session:
             return session.explain(statement, parameters)
 
     def situation(

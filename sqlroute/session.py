@@ -121,6 +121,7 @@ class RoutingMixin(_Base):
             self._demand = replace(self._demand, intent=intent_named(intent))
         self._base = self._demand
         self._blocks: list[dict[str, Any]] = []
+        self._bound: Engine | Connection | None = None
         self._settings = Settings()
         self._is_proved = True  # the node that is enlisted next has all that the session has seen
         self._given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
@@ -149,6 +150,23 @@ class RoutingMixin(_Base):
     @property
     def router(self) -> Router:
         return self._router
+
+    @property
+    def bind(self) -> Engine | Connection | None:
+        """What the application bound the session to; else, with one shard, its primary's engine.
+
+        For libraries that look at ``session.bind.dialect``. Nothing is routed by it.
+        """
+        keyspace = self._router.topology.default
+        if self._bound is not None or keyspace.is_sharded:
+            return self._bound
+        shard = keyspace.shards[0]
+        primary = self._router.monitor.health.primary(shard.name)
+        return self._routes.engine(primary.node if primary is not None else shard.nodes[0].name)
+
+    @bind.setter
+    def bind(self, bind: Engine | Connection | None) -> None:
+        self._bound = bind
 
     # what the caller asks for
 
@@ -265,7 +283,7 @@ class RoutingMixin(_Base):
         given = bind_arguments or _NOTHING
         is_planned = BIND in given or "bind" in given or _parent_execute_state is not None
         listeners = self.dispatch.do_orm_execute
-        if not is_planned and (self.bind is not None or self.binds):
+        if not is_planned and (self._bound is not None or self.binds):
             subject = getattr(statement, "_propagate_attrs", _NOTHING).get("plugin_subject")
             own = self._own_bind(getattr(subject, "mapper", None), statement)
             if own is not None:
@@ -299,13 +317,14 @@ class RoutingMixin(_Base):
 
     def _own_bind(self, mapper: Any, clause: Any = None) -> Engine | Connection | None:
         """Return the bind that the application gave for this, ``None`` for what is routed."""
-        if self.bind is None and not self.binds:
+        if self._bound is None and not self.binds:
             return None
         try:
             found: Engine | Connection = super().get_bind(mapper, clause=clause)
         except UnboundExecutionError:
             return None
-        return found
+        is_ours = isinstance(found, Engine) and self._routes.node_of(found) is not None
+        return None if is_ours and found is not self._bound else found
 
     def _enlisted(self, target: Target) -> Connection:
         """Return the transaction's connection to a node, begun if it is the first."""

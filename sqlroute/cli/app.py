@@ -165,27 +165,32 @@ def status(context: typer.Context, path: Config = None, json: Json = False) -> N
 
 
 @app.command()
-def explain(
+def explain(  # noqa: PLR0913, PLR0917 - one parameter per option of the command
     context: typer.Context,
     sql: Annotated[str | None, typer.Argument(help="SQL text (needs sqlroute[parse]).")] = None,
     statement: Annotated[
         str | None, typer.Option("--statement", metavar="MODULE:NAME", help="Of SQLAlchemy.")
     ] = None,
     parameters: Parameters = None,
+    consistency: Annotated[str | None, typer.Option(help="Of the session.")] = None,
+    intent: Annotated[str | None, typer.Option(help="Of the session.")] = None,
+    role: Annotated[str | None, typer.Option(help="primary or replica.")] = None,
+    token: Annotated[str | None, typer.Option(help="What the session has seen.")] = None,
     path: Config = None,
     json: Json = False,
 ) -> None:
     """Show where a statement would go, and why, without running it."""
-    from sqlroute.cli.explaining import explain_named, explain_text
+    from sqlroute.cli.explaining import Wishes, explain_named, explain_text
 
     if (sql is None) == (statement is None):
         raise typer.BadParameter("give either SQL text or --statement module:name")
     values = _values(parameters or [])
+    wishes = Wishes(consistency, intent, role, token)
     with _router(path, context.obj) as router:
         document = (
-            explain_text(router, sql, values)
+            explain_text(router, sql, values, wishes)
             if sql is not None
-            else explain_named(router, statement or "", values)
+            else explain_named(router, statement or "", values, wishes)
         )
     context.obj.show(document, draw.plan)
 

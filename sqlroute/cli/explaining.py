@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
 from sqlroute.router import Router
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.plan import Plan, Tier
-from sqlroute.routing.policy import Demand
+from sqlroute.routing.policy import Demand, Intent, consistency_named, intent_named, role_named
 from sqlroute.routing.sqltext import describe_text
+from sqlroute.routing.token import Token
 
 NOTE = (
     "this is where the text belongs; text() in a session on several shards must be told so by "
@@ -27,7 +29,22 @@ NOTE = (
 """True of every plan for text, and said with it: sessions do not know the tables in it."""
 
 
-def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the session of an explained statement asks for; ``None`` for nothing."""
+
+    consistency: str | None = None
+    intent: str | None = None
+    role: str | None = None
+    token: str | None = None
+
+
+NONE = Wishes()
+
+
+def explain_text(
+    router: Router, sql: str, parameters: Mapping[str, Any], wishes: Wishes = NONE
+) -> dict[str, Any]:
     """Return the plan for SQL text.
 
     Raises:
@@ -40,8 +57,16 @@ def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dic
         router.learn_functions(keyspace, engines)
     text = describe_text(sql, tables, router.topology, parameters, router.planner.functions)
     rows = list(text.rows) if text.rows is not None else None
-    demand = Demand(router.policy.consistency)
-    found = router.plan(text.described(), Affinity(), engines, demand=demand, keys=rows)
+    demand = Demand(
+        consistency_named(wishes.consistency or router.policy.consistency),
+        intent_named(wishes.intent or Intent.AUTOMATIC),
+        role=role_named(wishes.role) if wishes.role else None,
+    )
+    affinity = Affinity()
+    for position in Token.parse(wishes.token or "").positions:
+        router.topology.shard(position.shard)
+        affinity = affinity.seen(position)
+    found = router.plan(text.described(), affinity, engines, demand=demand, keys=rows)
     if found.tier is not Tier.SINGLE:
         raise CrossShardRefused(
             "text()",
@@ -51,7 +76,9 @@ def explain_text(router: Router, sql: str, parameters: Mapping[str, Any]) -> dic
     return {"statement": sql, **found.describe(), "note": NOTE}
 
 
-def explain_named(router: Router, name: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+def explain_named(
+    router: Router, name: str, parameters: Mapping[str, str], wishes: Wishes = NONE
+) -> dict[str, Any]:
     """Return the plan for a statement of SQLAlchemy.
 
     Args:
@@ -64,7 +91,15 @@ def explain_named(router: Router, name: str, parameters: Mapping[str, str]) -> d
     """
     statement = load_statement(name)
     values = _typed(statement, parameters)
-    found: Plan = router.explain(statement, values or None)
+    if wishes.role:
+        statement = statement.execution_options(sqlroute_role=wishes.role)
+    found: Plan = router.explain(
+        statement,
+        values or None,
+        consistency=wishes.consistency,
+        intent=wishes.intent,
+        token=wishes.token,
+    )
     return {"statement": " ".join(str(statement).split()), **found.describe(), "note": ""}
 
 

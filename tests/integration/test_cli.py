@@ -307,6 +307,46 @@ def test_explain_text_goes_where_its_key_is(run_json: Json) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--consistency", "strong"), "consistency is strong"),
+        (("--role", "primary"), "the caller asked for the primary"),
+        (("--intent", "writing"), "the session will write"),
+    ],
+)
+def test_explain_takes_what_a_session_asks_for(
+    run_json: Json, statements: str, options: tuple[str, ...], reason: str
+) -> None:
+    """The plan says why, of text and of a statement alike."""
+    for what in (
+        ("SELECT * FROM cli_orders WHERE customer = 'alice'",),
+        ("--statement", f"{statements}:keyed", "--param", "who=alice"),
+    ):
+        code, document = run_json("explain", *what, *options)
+
+        assert code == 0
+        assert document["targets"][0]["role"] == "primary"
+        assert reason in document["targets"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--consistency", "strict"), "unknown consistency 'strict'; known: eventual"),
+        (("--role", "master"), "unknown role 'master'"),
+        (("--intent", "read"), "unknown intent 'read'"),
+        (("--token", "x"), "'x' is no part of a token"),
+        (("--token", "moon@0.1.0/1"), "moon"),
+    ],
+)
+def test_explain_names_a_wrong_wish(run: Run, options: tuple[str, ...], words: str) -> None:
+    code, _, err = run("explain", "SELECT 1", *options)
+
+    assert code in (1, 2)
+    assert words in err
+
+
+@pytest.mark.parametrize(
     ("sql", "code", "words"),
     [
         ("SELEC 1", 1, "cannot be parsed"),

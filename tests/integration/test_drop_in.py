@@ -11,7 +11,7 @@ from models import Base, Customer, Order
 from sqlalchemy import create_engine, event, exc, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
-from sqlroute import Router
+from sqlroute import Keyspace, Router, Topology
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 
@@ -107,6 +107,22 @@ class TestBinds:
             assert session.scalars(select(Customer.name)).all() == ["elsewhere"]
         with router.sessionmaker()() as session:
             assert session.scalars(select(Customer.name)).all() == ["x"]
+
+    def test_bind_is_there_for_libraries_that_look_at_it(
+        self, shop: Shop, router: Router, other: Any
+    ) -> None:
+        """With one shard it is the primary's engine; and nothing is routed by it."""
+        topology = shop.router.topology
+        single = Topology((Keyspace("main", topology.default.shards[:1], 1),))
+        with Router(single, shop.router.policy) as one, one.sessionmaker()() as session:
+            assert session.bind.dialect.name == "postgresql"
+            assert session.bind is one.primary_engine("s0")
+            assert session.scalar(select(func.pg_is_in_recovery())) is True
+            session.bind = other
+            assert session.bind is other
+            assert session.scalars(select(Customer.name)).all() == []
+        with router.sessionmaker()() as session:
+            assert session.bind is None
 
     def test_bind_mapper(self, router: Router, key: int, other: Any) -> None:
         with router.sessionmaker()() as session:
