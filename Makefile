@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean test-pg15 comparison upstream
+.PHONY: demo test check bench clean test-pg15 comparison upstream chaos
 
 # a virtual environment with everything for development; made again when pyproject.toml changes
 $(VENV)/.installed: pyproject.toml
@@ -34,6 +34,11 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks
+
+# a million reads under tokens and 100,000 writes read back, over replicas held behind at random
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos token_reads
+	$(BIN)/python -m tests.chaos own_writes
 
 # docs/comparison.md, by running; in an environment of its own, with the peer that is compared
 COMPARISON := build/comparison

@@ -19,7 +19,7 @@ SQLAlchemy internals used, each checked by ``tests/unit/test_sqlalchemy_internal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,9 @@ from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.sql.base import Executable
 
 from sqlroute import stale
+from sqlroute.asking import Asking
 from sqlroute.errors import (
     CrossShardRefused,
-    ForeignToken,
     MissingShardKey,
     NoPrimary,
     PlanError,
@@ -50,10 +50,7 @@ from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.policy import (
     Consistency,
-    Demand,
     Intent,
-    consistency_named,
-    intent_named,
 )
 from sqlroute.routing.rows import bucket_of_key, missing, python_default
 from sqlroute.routing.target import check_may_write
@@ -76,7 +73,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ISOLATION_LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
-class RoutingMixin(_Base):
+class RoutingMixin(Asking, _Base):
     """Routing for any subclass of ``Session``: ``class S(RoutingMixin, sqlmodel.Session)``.
 
     Args:
@@ -114,14 +111,7 @@ class RoutingMixin(_Base):
         self._routes = router.engines(is_async=asynchronous)
         self._affinity = Affinity()
         self._group: CommitGroup | None = None
-        self._demand = router.demand
-        if consistency is not None:
-            self._demand = replace(self._demand, consistency=consistency_named(consistency))
-        if intent is not None:
-            self._demand = replace(self._demand, intent=intent_named(intent))
-        self._base = self._demand
-        self._blocks: list[dict[str, Any]] = []
-        self._bound: Engine | Connection | None = None
+        self._ask(router.demand, consistency, intent)
         self._settings = Settings()
         self._is_proved = True  # the node that is enlisted next has all that the session has seen
         self._given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
@@ -167,92 +157,6 @@ class RoutingMixin(_Base):
     @bind.setter
     def bind(self, bind: Engine | Connection | None) -> None:
         self._bound = bind
-
-    # what the caller asks for
-
-    @property
-    def token(self) -> Token:
-        """What the session has seen: a later reader who follows it misses nothing of that.
-
-        After a commit it is known already. After a read of something else the node that answered
-        is asked how far it is, so that what was read is never missed either: one probe.
-
-        Raises:
-            NoEligibleNode: that node is gone, and the primary too.
-        """
-        self._affinity = self._router.observed(self._affinity, self._routes)
-        return self._affinity.token
-
-    def follow(self, token: Token | str) -> None:
-        """Never read a state from before a token from now on, beside what was seen already.
-
-        Raises:
-            InvalidToken: the text is none.
-            ForeignToken: it names a shard that the topology does not have. That it was made by
-                another cluster is found by the first statement.
-        """
-        given = token if isinstance(token, Token) else Token.parse(token)
-        known = self._router.topology.keyspace_of_shard
-        for position in given.positions:
-            if position.shard not in known:
-                raise ForeignToken(
-                    f"the token names shard {position.shard!r}, which the topology does not have "
-                    f"({', '.join(known)}); drop the token"
-                )
-        for position in given.positions:
-            self._affinity = self._affinity.seen(position)
-
-    def consistency(self, consistency: Consistency | str) -> AbstractContextManager[None]:
-        """Read with another consistency within a ``with`` block.
-
-        Raises:
-            UnknownName: there is no such consistency.
-        """
-        return self._demanding(consistency=consistency_named(consistency))
-
-    def reading(self) -> AbstractContextManager[None]:
-        """Declare a ``with`` block to read only: a write in it is refused before it is sent."""
-        return self._demanding(intent=Intent.READING)
-
-    def writing(self) -> AbstractContextManager[None]:
-        """Declare that a ``with`` block will write: its reads go to the primary at once."""
-        return self._demanding(intent=Intent.WRITING)
-
-    def lag_tolerant(self) -> AbstractContextManager[None]:
-        """Declare a ``with`` block to read only, and data of any age."""
-        return self._demanding(intent=Intent.LAG_TOLERANT)
-
-    @contextmanager
-    def _demanding(self, **changes: Any) -> Iterator[None]:
-        self._blocks.append(changes)
-        self._demand = self._demanded()
-        try:
-            yield
-        finally:  # blocks need not end in the order in which they began
-            self._blocks = [block for block in self._blocks if block is not changes]
-            self._demand = self._demanded()
-
-    def _demanded(self) -> Demand:
-        """Return what is asked for: of the session, its transaction and the blocks it is in."""
-        changes = {name: value for block in self._blocks for name, value in block.items()}
-        return replace(self._base, **changes) if changes else self._base
-
-    def settings(self, **settings: Any) -> AbstractContextManager[None]:
-        """Give run-time parameters to every connection that the session takes from now on.
-
-        ``session.settings(**{"app.tenant": "7"})`` holds for the rest of the session, or as a
-        ``with`` block until its end. They reach replicas and shards alike before the first
-        statement there, and the server undoes them at the end of each transaction. Reads with
-        settings need a transaction of their own: three round trips instead of one. A connection
-        of the transaction under way is given them before its next statement.
-
-        Args:
-            settings: names, with dots as they are, and values: text, numbers or bools.
-
-        Raises:
-            SettingRefused: a setting that sessions may not carry.
-        """
-        return self._settings.want(settings)
 
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that this session would make for a statement now, without running it.

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks [NAME ...] [--json]``: print figures as ratios in one run."""
+"""``python -m tests.benchmarks [NAME ...] [--json]``: print figures with their limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.figures import FIGURES
+from .figures import FIGURES
 
 
 def main() -> int:
@@ -20,16 +20,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sqlroute-bench-", dir="/var/tmp") as directory:
         Path(directory).chmod(0o755)
         for name in options.names or FIGURES:
-            figure = FIGURES[name](Path(directory))
-            documents.append(figure.document())
-            if not options.json:
-                verdict = "ok" if figure.is_met else "NOT MET"
-                low, high = figure.spread
-                print(
-                    f"{name:22} {figure.ratio:6.3f}  (limit {figure.limit:.2f}, quartiles "
-                    f"{low:.2f} to {high:.2f})  {verdict}  "
-                    f"[{figure.routed_us:.0f} us against {figure.plain_us:.0f} us]"
-                )
+            for figure in FIGURES[name](Path(directory)):
+                documents.append(figure.document())
+                if not options.json:
+                    print("\n".join(figure.lines()), flush=True)
     if options.json:
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=2))
     return 0 if all(document["met"] for document in documents) else 1

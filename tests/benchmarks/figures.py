@@ -2,119 +2,130 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, String, create_engine, func, insert, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, sessionmaker
 
-import sqlroute
-from sqlroute.local.node import LocalNode
-from sqlroute.local.spec import LocalSpec
-from sqlroute.local.topology import LocalTopology, down, remove, up
 from sqlroute.routing.hashing import KeyKind, bucket_of
-from tests.benchmarks.pairs import Figure, compare
 
-ROWS = 1_000
-PORT = 29_300
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Account(Base):
-    __tablename__ = "account"
-    __table_args__ = sqlroute.sharded_by("id")
-    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    name: Mapped[str] = mapped_column(String(40))
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A filled topology, the router over it, and plain Sessions chosen by hand on its nodes."""
-
-    topology: LocalTopology
-    router: sqlroute.Router
-    shard_of: dict[int, str]
-
-    def plain(self, node: LocalNode) -> sessionmaker[Session]:
-        info = node.conninfo
-        url = (
-            f"postgresql+psycopg://{info['user']}:{info['password']}@{info['host']}:{info['port']}"
-            f"/{info['dbname']}"
-        )
-        return sessionmaker(create_engine(url))
-
-    def primaries(self) -> dict[str, LocalNode]:
-        return {shard.name: shard.nodes[0] for shard in self.topology.shards}
-
-    def replicas(self) -> dict[str, LocalNode]:
-        return {shard.name: shard.nodes[-1] for shard in self.topology.shards}
-
-
-@contextmanager
-def bench(directory: Path, shards: int, replicas: int) -> Iterator[Bench]:
-    """Start servers and fill them with accounts 0 to ROWS - 1."""
-    place = directory / f"{shards}x{replicas}"
-    spec = LocalSpec(shards=shards, replicas=replicas, port=PORT, directory=place, durable=False)
-    topology = up(spec)
-    try:
-        with sqlroute.Router.from_config(topology.config_path) as router:
-            router.create_all(Base.metadata)
-            with router.sessionmaker()() as session:
-                rows = [{"id": i, "name": f"account {i}"} for i in range(ROWS)]
-                session.execute(insert(Account), rows)
-                session.commit()
-                token = {token.shard: token.lsn for token in session.token.positions}
-            _await(router, token)
-            table = Base.metadata.tables["account"]
-            shard_of = {i: router.locate(table, (i,))[1] for i in range(ROWS)}
-            yield Bench(topology, router, shard_of)
-    finally:
-        down(place)
-        remove(place)
-
-
-def _await(router: sqlroute.Router, lsns: dict[str, int]) -> None:
-    """Wait until every replica has replayed the rows: a read must find them wherever it goes."""
-    deadline = time.monotonic() + 30
-    for shard, lsn in lsns.items():
-        while any(node.lsn < lsn for node in router.health().replicas(shard)):
-            router.monitor.ask(shard, 1.0)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"replicas of {shard} did not catch up")
+from .pairs import Figure, compare, compare_async
+from .planning import plan_cached, plan_new, token_check
+from .servers import ROWS, Account, bench
+from .trips import round_trips
 
 
 def _by_key(number: int) -> Any:
     return select(Account.name).where(Account.id == number % ROWS)
 
 
-def routed_read(directory: Path) -> Figure:
-    """One keyed replica read per session, against a plain Session on that replica."""
+def routed_read(directory: Path) -> list[Figure]:
+    """One keyed read of an object per session, against a plain Session on that replica.
+
+    Beside it the same of a column, where the ORM has less to do.
+    """
     with bench(directory, 2, 1) as b:
         routed = b.router.sessionmaker()
         plain = {shard: b.plain(node) for shard, node in b.replicas().items()}
 
+        def get(session: Session, i: int) -> None:
+            assert session.get_one(Account, i % ROWS).name
+
+        def column(session: Session, i: int) -> None:
+            assert session.scalar(_by_key(i)) is not None
+
+        def pair(read: Callable[[Session, int], None]) -> tuple[Any, Any]:
+            def by_router(i: int) -> None:
+                with routed() as session:
+                    read(session, i)
+
+            def by_hand(i: int) -> None:
+                with plain[b.shard_of[i % ROWS]]() as session:
+                    read(session, i)
+
+            return by_router, by_hand
+
+        return [
+            compare("routed_read", 0.70, *pair(get)),
+            compare("routed_read (column)", 0.70, *pair(column)),
+        ]
+
+
+def routed_read_async(directory: Path) -> list[Figure]:
+    """The same, of an AsyncSession."""
+
+    async def get(session: AsyncSession, i: int) -> None:
+        assert (await session.get_one(Account, i % ROWS)).name
+
+    async def column(session: AsyncSession, i: int) -> None:
+        assert await session.scalar(_by_key(i)) is not None
+
+    with bench(directory, 2, 1) as b:
+
+        async def measure() -> list[Figure]:
+            routed = b.router.async_sessionmaker()
+            plain = {shard: b.plain_async(node) for shard, node in b.replicas().items()}
+
+            def pair(read: Any) -> tuple[Any, Any]:
+                async def by_router(i: int) -> None:
+                    async with routed() as session:
+                        await read(session, i)
+
+                async def by_hand(i: int) -> None:
+                    async with plain[b.shard_of[i % ROWS]]() as session:
+                        await read(session, i)
+
+                return by_router, by_hand
+
+            try:
+                return [
+                    await compare_async("routed_read_async", 0.70, *pair(get)),
+                    await compare_async("routed_read_async (column)", 0.70, *pair(column)),
+                ]
+            finally:
+                await b.router.aclose()
+                for maker in plain.values():
+                    await maker.kw["bind"].dispose()
+
+        return asyncio.run(measure())
+
+
+def write_with_token(directory: Path) -> list[Figure]:
+    """A write of one row and its commit, whose token is then known, against a plain Session.
+
+    The plain one knows nothing of where its commit stands. ``fsync`` is off: what the router
+    costs is not hidden behind a disk.
+    """
+    with bench(directory, 2, 1) as b:
+        routed = b.router.sessionmaker()
+        plain = {shard: b.plain(node) for shard, node in b.primaries().items()}
+
+        def write(session: Session, i: int) -> None:
+            change = update(Account).where(Account.id == i % ROWS).values(name=f"name {i}")
+            session.execute(change)
+            session.commit()
+
         def by_router(i: int) -> None:
             with routed() as session:
-                assert session.scalar(_by_key(i)) is not None
+                write(session, i)
+                assert str(session.token)
 
         def by_hand(i: int) -> None:
             with plain[b.shard_of[i % ROWS]]() as session:
-                assert session.scalar(_by_key(i)) is not None
+                write(session, i)
 
-        return compare("routed_read", 0.75, by_router, by_hand)
+        return [compare("write_with_token", 1.05, by_router, by_hand)]
 
 
-def keyed_in_transaction(directory: Path) -> Figure:
+def keyed_in_transaction(directory: Path) -> list[Figure]:
     """A keyed read in an open transaction, against plain Sessions chosen by hand.
 
     By hand means by the same hash: an application knows the key, not the shard.
@@ -133,13 +144,13 @@ def keyed_in_transaction(directory: Path) -> Figure:
                 assert plain[shard].scalar(_by_key(i)) is not None
 
             try:
-                return compare("keyed_in_transaction", 1.10, by_router, by_hand)
+                return [compare("keyed_in_transaction", 1.05, by_router, by_hand)]
             finally:
                 for one in plain.values():
                     one.close()
 
 
-def scatter(directory: Path) -> Figure:
+def scatter(directory: Path) -> list[Figure]:
     """A statement of 20 ms on 4 shards at once, against the slowest of them alone."""
     with bench(directory, 4, 0) as b:
         nap = select(func.pg_sleep(0.02)).scalar_subquery()  # evaluated once a statement
@@ -162,10 +173,13 @@ def scatter(directory: Path) -> Figure:
         }
         slowest = plain[max(medians, key=lambda shard: medians[shard])]
 
-        return compare("scatter", 1.30, by_router, lambda _: timed(slowest), rounds=10, calls=15)
+        def by_hand(_: int) -> None:
+            timed(slowest)
+
+        return [compare("scatter", 1.30, by_router, by_hand, rounds=10, calls=15)]
 
 
-def importing(directory: Path) -> Figure:
+def importing(directory: Path) -> list[Figure]:
     """Importing what an application uses, beside sqlalchemy.orm: at most 60 ms more.
 
     The ratio is of that limit. Byte code is on disk, as it is after an installation.
@@ -191,12 +205,19 @@ def importing(directory: Path) -> Figure:
     ]
     extra = sorted(with_it - without for with_it, without in pairs)
     middle, low, high = extra[10], extra[5], extra[15]
-    return Figure("import", middle / 0.060, 1.0, middle * 1e6, 60_000, (low / 0.06, high / 0.06))
+    spread = (low / 0.06, high / 0.06)
+    return [Figure("import", middle / 0.060, 1.0, spread, routed_us=middle * 1e6, plain_us=60_000)]
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
+FIGURES: dict[str, Callable[[Path], list[Figure]]] = {
     "routed_read": routed_read,
+    "routed_read_async": routed_read_async,
+    "write_with_token": write_with_token,
     "keyed_in_transaction": keyed_in_transaction,
+    "round_trips": round_trips,
+    "plan_cached": plan_cached,
+    "plan_new": plan_new,
+    "token_check": token_check,
     "scatter": scatter,
     "import": importing,
 }

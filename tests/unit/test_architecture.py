@@ -22,7 +22,17 @@ ORDER = [
     {"config"},
     {"runtime"},
     {"catalog"},
-    {"results", "references", "stale", "execution", "router", "session", "session_async", "local"},
+    {
+        "asking",
+        "results",
+        "references",
+        "stale",
+        "execution",
+        "router",
+        "session",
+        "session_async",
+        "local",
+    },
     {"testing", "demo"},
     {"cli"},
 ]
