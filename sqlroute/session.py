@@ -423,6 +423,12 @@ class RoutingMixin(Asking, _Base):
             if transaction._state is not SessionTransactionState.ACTIVE:
                 transaction._raise_for_prerequisite_state("execute", transaction._state)
             return engine
+        for name in execution_options or ():
+            if name[:9] == "sqlroute_":
+                raise UnknownName(
+                    f"execution option {name} is of statements, not of connections; for these use "
+                    'bind_arguments={"shard": "..."} and session.begin(read_only=True)'
+                )
         if self._options and engine not in self._optioned:
             self._optioned.add(engine)
             execution_options = {**self._options, **(execution_options or {})}

@@ -33,6 +33,7 @@ class ShardAffinity:
 
 
 NOTHING = ShardAffinity()
+_NOBODY: frozenset[tuple[str, int]] = frozenset()
 _NO_TIES: Mapping[str, ShardAffinity] = MappingProxyType({})
 
 
@@ -76,7 +77,7 @@ class Affinity:
             nodes = tie.nodes | only
         if nodes == tie.nodes:
             return self if self.last == shard else replace(self, last=shard)
-        return replace(self._with(shard, replace(tie, nodes=nodes)), last=shard)
+        return self._with(shard, ShardAffinity(nodes, tie.pinned, tie.token), self.epoch, shard)
 
     def pinned(self, shard: str, node: str, life: int = 0, *, proved: bool = True) -> Affinity:
         """After a node was enlisted: what the transaction does on this shard, it does there."""
@@ -84,22 +85,25 @@ class Affinity:
         if tie.pinned == node:
             return self
         nodes = _only(node, life) if proved else tie.nodes | _only(node, life)
-        return replace(self._with(shard, replace(tie, nodes=nodes, pinned=node)), last=shard)
+        return self._with(shard, ShardAffinity(nodes, node, tie.token), self.epoch, shard)
 
     def seen(self, position: Position) -> Affinity:
         """After a position became known to the session. A token never moves back."""
         tie = self.of(position.shard)
-        found = position if tie.token is None else newest(tie.token, position)
-        if found == tie.token:
-            return self
-        changed = self._with(position.shard, replace(tie, token=found))
-        return replace(changed, epoch=max(self.epoch, position.epoch))
+        return self._seen(position, tie, tie.nodes)
 
     def committed(self, position: Position) -> Affinity:
         """After a commit, whose position covers all that the transaction has read, too."""
-        found = self.seen(position)
-        tie = found.of(position.shard)
-        return found._with(position.shard, replace(tie, nodes=frozenset())) if tie.nodes else found
+        return self._seen(position, self.of(position.shard), _NOBODY)
+
+    def _seen(
+        self, position: Position, tie: ShardAffinity, nodes: frozenset[tuple[str, int]]
+    ) -> Affinity:
+        found = position if tie.token is None else newest(tie.token, position)
+        if found == tie.token and nodes == tie.nodes:
+            return self
+        epoch = max(self.epoch, position.epoch)
+        return self._with(position.shard, ShardAffinity(nodes, tie.pinned, found), epoch, self.last)
 
     def begun(self, *, read_only: bool = False) -> Affinity:
         return replace(self, explicit=True, read_only=read_only)
@@ -110,13 +114,15 @@ class Affinity:
     def ended(self) -> Affinity:
         """After the transaction: what was seen remains."""
         kept = {
-            shard: replace(tie, pinned=None) if tie.pinned is not None else tie
+            shard: ShardAffinity(tie.nodes, None, tie.token) if tie.pinned is not None else tie
             for shard, tie in self.shards.items()
         }
         return Affinity(MappingProxyType(kept), epoch=self.epoch)
 
-    def _with(self, shard: str, tie: ShardAffinity) -> Affinity:
-        return replace(self, shards=MappingProxyType({**self.shards, shard: tie}))
+    def _with(self, shard: str, tie: ShardAffinity, epoch: int, last: str | None) -> Affinity:
+        # the constructor, not replace(): several are made in each transaction
+        shards = MappingProxyType({**self.shards, shard: tie})
+        return Affinity(shards, self.explicit, self.read_only, self.setting, epoch, last)
 
 
 _only = lru_cache(maxsize=4096)(lambda node, life: frozenset({(node, life)}))

@@ -57,7 +57,7 @@ class Kind(Enum):
     """What a statement does, as far as it can be proved."""
 
     READ = "read"
-    VOUCHED = "vouched"  # nobody can prove it; the caller says that it is a read
+    VOUCHED = "vouched"  # nobody can prove it; the caller, or who declared a function, says so
     WRITE = "write"
     UNKNOWN = "unknown"
 
@@ -87,6 +87,8 @@ class Statement:
             connection only.
         is_text: some of it is text, and what that reads is not looked into.
         calls: its kind hangs on what functions do.
+        calls_foreign: on what a function does that is not PostgreSQL's own: a stable one may call
+            a volatile one.
         undecided: one of them no list and no catalog knows; a catalog read now might.
     """
 
@@ -102,6 +104,7 @@ class Statement:
     sets: bool = False
     is_text: bool = False
     calls: bool = False
+    calls_foreign: bool = False
     undecided: bool = False
 
     @property
@@ -140,6 +143,7 @@ def describe(statement: Any, topology: Topology, functions: Functions = BUILT_IN
         sets=facts.sets,
         is_text=facts.is_text,
         calls=bool(facts.calls),
+        calls_foreign=judged.opaque is not None,
         undecided=judged.undecided and found.kind is Kind.UNKNOWN,
     )
 

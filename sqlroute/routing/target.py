@@ -107,10 +107,9 @@ def kind_of(statement: Statement, situation: Situation) -> Kind:
     Raises:
         ReadOnlyRefused: only reads were declared, and it is none.
     """
-    kind = statement.kind
+    kind, demand = statement.kind, situation.demand
     if kind is Kind.READ:
-        return kind
-    demand = situation.demand
+        return Kind.VOUCHED if statement.calls_foreign and not demand.only_reads else kind
     if demand.role is Role.REPLICA:
         if kind is Kind.WRITE:
             raise PlanError(

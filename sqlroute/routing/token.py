@@ -6,7 +6,7 @@ A token is one :class:`Position` per shard. Whoever follows it never reads a sta
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from sqlroute.errors import InvalidToken, PlanError
@@ -37,13 +37,12 @@ class Position:
 
 def newest(old: Position, new: Position) -> Position:
     """Return the position that demands more; of an unknown timeline, all that either demands."""
-    epoch, cluster = max(old.epoch, new.epoch), new.cluster or old.cluster
     if old.timeline and new.timeline:
-        found = max(old, new, key=lambda position: (position.timeline, position.lsn))
+        timeline, lsn = max((old.timeline, old.lsn), (new.timeline, new.lsn))
     else:
         timeline, lsn = max(old.timeline, new.timeline), max(old.lsn, new.lsn)
-        found = replace(new, timeline=timeline, lsn=lsn)
-    return replace(found, epoch=epoch, cluster=cluster)
+    epoch, cluster = max(old.epoch, new.epoch), new.cluster or old.cluster
+    return Position(new.shard, epoch, timeline, lsn, cluster)
 
 
 _POSITION = re.compile(
@@ -51,6 +50,7 @@ _POSITION = re.compile(
     r"(?:\.([0-9a-f]{1,16}))?",
     re.ASCII,
 )
+_LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")
 _LONGEST = 65_536
 
 
@@ -122,7 +122,7 @@ def parse_lsn(text: str) -> int:
     Raises:
         PlanError: the text is no WAL position.
     """
-    if re.fullmatch(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}", text) is None:
+    if _LSN.fullmatch(text) is None:
         raise PlanError(f"{text!r} is no WAL position; it looks like 0/16B3748")
     high, low = text.split("/")
     return (int(high, 16) << 32) | int(low, 16)

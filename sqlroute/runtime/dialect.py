@@ -18,6 +18,7 @@ from sqlalchemy.util import await_only
 
 from sqlroute.runtime.commit import CommitGroup, group_of, is_lost
 from sqlroute.runtime.scatter import Branch
+from sqlroute.runtime.settings import UNSETTLED
 
 DRIVERNAME = "postgresql+sqlroute"
 
@@ -108,6 +109,10 @@ class _Doors(PGDialect_psycopg):
             if getattr(driver, "_tpc", None):
                 driver._tpc = (driver._tpc[0], False)
             raise
+
+    def do_rollback_to_savepoint(self, connection: Any, name: Any) -> None:
+        super().do_rollback_to_savepoint(connection, name)  # type: ignore[no-untyped-call]
+        connection.info[UNSETTLED] = True
 
     def do_commit(self, dbapi_connection: Any) -> None:
         group = group_of(dbapi_connection)

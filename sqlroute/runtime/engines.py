@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sqlroute.errors import StaleShardMap
 from sqlroute.routing.policy import Policy
 from sqlroute.runtime.scatter import cut
-from sqlroute.runtime.settings import UNSETTLED, with_begin
+from sqlroute.runtime.settings import with_begin
 from sqlroute.topology import Node, Topology
 
 if TYPE_CHECKING:
@@ -184,10 +184,6 @@ class Engines:
 
     def _listen(self, engine: Engine, name: str) -> None:
         on_failure, on_stale_map = self._on_failure, self._on_stale_map
-
-        @event.listens_for(engine, "rollback_savepoint")
-        def forget_settings(connection: Connection, *_: Any) -> None:
-            connection.info[UNSETTLED] = True
 
         @event.listens_for(engine, "handle_error")
         def note(context: ExceptionContext) -> Exception | None:

@@ -73,6 +73,16 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+class Wish:
+    """The settings of one call, which hold for a block or, if it is none, for the session."""
+
+    __slots__ = ("is_block", "values")
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = values
+        self.is_block = False
+
+
 class Settings:
     """What one session wants its connections to have, and what they have been given.
 
@@ -82,7 +92,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.wanted: Mapping[str, str] = _NONE
-        self._wishes: list[Mapping[str, str]] = []
+        self._wishes: list[Wish] = []
         self._given: dict[Any, dict[str, str | None]] = {}
         self._before: dict[Any, dict[str, str]] = {}
 
@@ -100,18 +110,20 @@ class Settings:
         Raises:
             SettingRefused: a setting that sessions may not carry.
         """
-        wish = checked(settings)
+        wish = Wish(checked(settings))
+        if len(self._wishes) > 1 and not any(w.is_block for w in self._wishes[-2:]):
+            self._wishes[-2:] = [Wish({**self._wishes[-2].values, **self._wishes[-1].values})]
         self._wishes.append(wish)
         self._merge()
         return Block(self, wish)
 
-    def take_back(self, wish: Mapping[str, str]) -> None:
+    def take_back(self, wish: Wish) -> None:
         """Forget one wish; later ones stay."""
         self._wishes = [kept for kept in self._wishes if kept is not wish]
         self._merge()
 
     def _merge(self) -> None:
-        merged = {name: value for wish in self._wishes for name, value in wish.items()}
+        merged = {name: value for wish in self._wishes for name, value in wish.values.items()}
         self.wanted = MappingProxyType(merged)
 
     def give(self, connection: Any) -> None:
@@ -157,12 +169,12 @@ class Settings:
 class Block:
     """What :meth:`Settings.want` returns."""
 
-    def __init__(self, settings: Settings, wish: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, wish: Wish) -> None:
         self._settings = settings
         self._wish = wish
 
     def __enter__(self) -> None:
-        return None
+        self._wish.is_block = True
 
     def __exit__(
         self,

@@ -11,7 +11,7 @@ from models import Base, Customer, Order
 from sqlalchemy import create_engine, event, exc, func, select, text
 from sqlalchemy.orm import Session, selectinload
 
-from sqlroute import Keyspace, Router, Topology
+from sqlroute import Keyspace, Router, Topology, UnknownName
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 
@@ -190,3 +190,34 @@ def test_plain_sessions_agree(shop: Shop, router: Router, key: int) -> None:
         session.commit()
         with pytest.raises(exc.InvalidRequestError, match="closed transaction inside context"):
             session.scalar(customer(key))
+
+
+def test_a_stable_function_that_writes_can_be_rolled_back(shop: Shop, router: Router) -> None:
+    """Its volatility is a lie, which a primary does not notice."""
+    shop.on("s0", "CREATE TABLE hit (n int); "
+            "CREATE FUNCTION hits() RETURNS int VOLATILE LANGUAGE sql AS "
+            "'INSERT INTO hit VALUES (1) RETURNING n'; "
+            "CREATE FUNCTION looks() RETURNS int STABLE LANGUAGE plpgsql AS "
+            "'BEGIN RETURN hits(); END'")  # fmt: skip
+    shop.settle()
+    try:
+        statement = select(func.looks()).execution_options(sqlroute_shard="s0")
+        with router.sessionmaker(consistency="strong")() as session:
+            for _ in range(2):
+                session.scalar(statement)
+                session.rollback()
+        assert shop.on("s0", "SELECT count(*) FROM hit") == [(0,)]
+        with router.sessionmaker(consistency="strong")() as session:
+            session.scalar(statement)
+            session.commit()
+        assert shop.on("s0", "SELECT count(*) FROM hit") == [(1,)]
+    finally:
+        shop.on("s0", "DROP FUNCTION looks(); DROP FUNCTION hits(); DROP TABLE hit")
+        shop.settle()
+
+
+def test_options_of_statements_are_none_of_connections(router: Router) -> None:
+    with router.sessionmaker()() as session, pytest.raises(UnknownName, match="of statements"):
+        session.connection(
+            bind_arguments={"shard": "s0"}, execution_options={"sqlroute_role": "replica"}
+        )

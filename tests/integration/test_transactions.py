@@ -427,6 +427,15 @@ class TestSettings:
             tolerant.__exit__(None, None, None)
             session.execute(update(Customer).where(Customer.id == keys[0]).values(name="y"))
 
+    def test_of_a_session_that_lives_long_take_no_room(self, router: Router) -> None:
+        with router.sessionmaker()() as session:
+            for number in range(50):
+                session.settings(**{"app.tenant": number})
+                with session.settings(**{"app.user": number}):
+                    pass
+            assert self.value(session) == "49"
+            assert len(session._settings._wishes) <= 2
+
     def test_survive_savepoints_that_the_session_does_not_know(
         self, router: Router, keys: tuple[int, int]
     ) -> None:

@@ -1,0 +1,1 @@
+"""SQLAlchemy's own test suite as the judge of "drop-in": ``python -m tests.upstream``."""
