@@ -293,9 +293,11 @@ class Router:
         tie = situation.affinity.of(shard)
         began = time.monotonic()
         deadline = began + question.patience
+        pause = 0.0
         while True:
             left = max(deadline - time.monotonic(), 0.005)
-            health = blocking(engines, self.monitor.ask, shard, left)
+            health = blocking(engines, self._ask_after, pause, shard, left)
+            pause = min(2 * pause + 0.001, 0.01, left)  # a replica is not asked without rest
             _check_reached(tie.token, health, began)
             floor = situation.floors.get(shard)
             if tie.nodes and floor is None:
@@ -316,6 +318,10 @@ class Router:
                 return True
             if time.monotonic() >= deadline:
                 return False
+
+    def _ask_after(self, pause: float, shard: str, timeout: float) -> Health:
+        time.sleep(pause)
+        return self.monitor.ask(shard, timeout)
 
     def observed(self, affinity: Affinity, engines: Engines) -> Affinity:
         """Return the affinity with a position for all that the session has read.

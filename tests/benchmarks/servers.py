@@ -54,10 +54,10 @@ class Bench:
 
 
 @contextmanager
-def bench(directory: Path, shards: int, replicas: int) -> Iterator[Bench]:
+def bench(directory: Path, shards: int, replicas: int, *, durable: bool = False) -> Iterator[Bench]:
     """Start servers and fill them with accounts 0 to ROWS - 1."""
-    place = directory / f"{shards}x{replicas}"
-    spec = LocalSpec(shards=shards, replicas=replicas, port=PORT, directory=place, durable=False)
+    place = directory / f"{shards}x{replicas}{'-durable' * durable}"
+    spec = LocalSpec(shards=shards, replicas=replicas, port=PORT, directory=place, durable=durable)
     topology = up(spec)
     try:
         with sqlroute.Router.from_config(topology.config_path) as router:
