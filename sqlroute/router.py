@@ -304,8 +304,8 @@ class Router:
                 floor = floor_of(shard, health, tie.nodes, began, situation.exclude)
                 if floor is not None:
                     situation.floors = {**situation.floors, shard: floor}
-                    if _is_unflushed(floor, health):
-                        return False  # no replica can have it before the primary's WAL writer ran
+            if any(_is_unflushed(p, health) for p in (tie.token, floor) if p is not None):
+                return False  # no replica can have it before the primary's WAL writer has run
             if candidates(
                 shard,
                 health,
