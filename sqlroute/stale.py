@@ -530,8 +530,10 @@ _watched: WeakSet[Mapper[Any]] = WeakSet()
 def _watch() -> None:
     """Have the values kept that can be changed in place, of each class that may have some."""
     for registry in mapperlib._all_registries():
-        for mapper in registry.mappers - set(_watched):
-            if mapper.configured:
+        # not registry.mappers, which raises for a class whose mapping has failed half way
+        mappers = [manager.mapper for manager in list(registry._managers) if manager.is_mapped]
+        for mapper in mappers:
+            if mapper.configured and mapper not in _watched:
                 _watched.add(mapper)
                 _watch_class(mapper)
 
