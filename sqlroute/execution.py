@@ -49,6 +49,9 @@ NOT_ON_A_STANDBY = frozenset({"25006", "0A000", "55000"})
 A write; an unlogged table, of which it has no rows; a function of primaries.
 """
 
+UNKNOWN_NAMES = frozenset({"3F000", "42P01", "42703", "42704", "42883"})
+"""SQLSTATEs of an unknown schema, table, column, type or function."""
+
 RETRIED = frozenset({"57P01", "57P02", "57P03", "40001", "40P01"})
 """SQLSTATEs after which a read outside a transaction is tried on another node."""
 
@@ -296,14 +299,17 @@ def _read(
         except sa_exc.DBAPIError as error:
             if statement is None and _is_refused_write(error, target):
                 return _on_primary(call, described, target, token, error)
-            if not _may_be_retried(error):
-                raise
             if is_old_plan(error.orig) and not again:
                 again = True  # on the same node: its connections have been replaced
                 continue
-            exclude |= {target.node}
-            log.info("read failed on %s, trying another node: %s", target.node, error.orig)
             options = {**call.options, "sqlroute_shard": shard}
+            if _has_old_schema(error, target):
+                options["sqlroute_role"] = "primary"
+            elif _may_be_retried(error):
+                exclude |= {target.node}
+            else:
+                raise
+            log.info("read failed on %s, trying another node: %s", target.node, error.orig)
             try:
                 target = plan(session, described, options, exclude)[0].target
             except SQLRouteError as none_left:
@@ -458,6 +464,11 @@ def _is_streaming(options: Mapping[str, Any]) -> bool:
 def _is_refused_write(error: sa_exc.DBAPIError, target: Target) -> bool:
     state = getattr(error.orig, "sqlstate", None)
     return not target.is_primary and state in NOT_ON_A_STANDBY and not is_old_plan(error.orig)
+
+
+def _has_old_schema(error: sa_exc.DBAPIError, target: Target) -> bool:
+    """Say if a name is unknown to a replica, which may not have replayed a migration yet."""
+    return not target.is_primary and getattr(error.orig, "sqlstate", None) in UNKNOWN_NAMES
 
 
 def _may_be_retried(error: sa_exc.DBAPIError) -> bool:

@@ -510,7 +510,11 @@ def test_ctrl_c_ends_the_demo_and_leaves_no_server(moment: str) -> None:
     directory.chmod(0o755)
     try:
         with subprocess.Popen(
-            [program, "demo", "--dir", str(directory)], stderr=subprocess.PIPE, text=True
+            [program, "demo", "--dir", str(directory)],
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell that runs the tests in the background has Ctrl-C ignored for all of them
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
         ) as started:
             assert started.stderr is not None
             next(line for line in started.stderr if moment in line)

@@ -168,6 +168,24 @@ def test_a_plan_prepared_before_a_migration(
         shop.settle()
 
 
+def test_a_table_that_replicas_do_not_have_yet(
+    held: Shop, make_router: Callable[..., Router]
+) -> None:
+    """A migration is late there, too; the primary knows the name, or says that nobody does."""
+    router = make_router(max_lag=60, consistency="bounded")
+    held.on("s0", "CREATE TABLE fresh AS SELECT 1 AS one")
+    try:
+        statement = text("SELECT one FROM fresh").execution_options(sqlroute_shard="s0")
+        with router.sessionmaker()() as session:
+            assert session.scalar(statement) == 1
+            assert session.scalar(statement) == 1
+            nobody = text("SELECT one FROM nowhere").execution_options(sqlroute_shard="s0")
+            with pytest.raises(exc.ProgrammingError, match="nowhere"):
+                session.scalar(nobody)
+    finally:
+        held.on("s0", "DROP TABLE fresh")
+
+
 def test_an_unlogged_table_is_read_on_the_primary(shop: Shop, router: Router) -> None:
     """A standby has no rows of it and says so; the primary has them."""
     shop.on("s0", "CREATE UNLOGGED TABLE scratch AS SELECT 1 AS one")
