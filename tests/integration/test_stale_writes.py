@@ -99,7 +99,7 @@ class Item(Base):
     shelf_id: Mapped[int | None] = mapped_column(sa.ForeignKey("shelf.id"))
     made_at: Mapped[dt.datetime] = mapped_column(server_default=sa.func.clock_timestamp())
     changed_at: Mapped[dt.datetime | None] = mapped_column(onupdate=sa.func.clock_timestamp())
-    doubled: Mapped[int] = mapped_column(sa.Computed("stock * 2"))
+    doubled: Mapped[int] = mapped_column(sa.Computed("stock * 2", persisted=True))
 
     point: Mapped[Point] = composite(Point, "x", "y")
     label = synonym("name")
