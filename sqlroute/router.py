@@ -75,6 +75,7 @@ class Router:
         policy: the rules of choosing.
 
     Attributes:
+        is_sharded: some keyspace has several shards.
         refused_writes: how many statements a replica has refused as writes; they were run again on
             the primary. Each is a read by all that could be proved, and none in fact.
     """
@@ -99,6 +100,7 @@ class Router:
         self._starting = threading.Lock()
         self._rng = Random()
         self.refused_writes = 0
+        self.is_sharded = any(keyspace.is_sharded for keyspace in topology.keyspaces)
         self.demand = Demand(self.policy.consistency)
         self._threads: ThreadPoolExecutor | None = None
         self._pid = 0

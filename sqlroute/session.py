@@ -70,6 +70,8 @@ else:
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
+_NOTHING_SEEN = Affinity()
+
 _ISOLATION_LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
@@ -109,7 +111,7 @@ class RoutingMixin(Asking, _Base):
         self._asks_per_object = False
         self._router = router
         self._routes = router.engines(is_async=asynchronous)
-        self._affinity = Affinity()
+        self._affinity = _NOTHING_SEEN
         self._group: CommitGroup | None = None
         self._ask(router.demand, consistency, intent)
         self._settings = Settings()
@@ -120,7 +122,7 @@ class RoutingMixin(Asking, _Base):
         self._optioned: set[Engine] = set()  # that have them
         self._shard: str | None = None
         self._streaming: frozenset[str] = frozenset()
-        self._is_sharded = any(k.is_sharded for k in router.topology.keyspaces)
+        self._is_sharded = router.is_sharded
         if token is not None:
             self.follow(token)
         if settings is not None:
