@@ -63,7 +63,7 @@ def _set_autocommit(connection: Any, value: bool) -> None:
         await_only(found)
 
 
-# "type: ignore" below: the dialects of SQLAlchemy are not annotated
+# "type: ignore[no-untyped-call]" below: the methods of SQLAlchemy's dialects are not annotated
 class _Doors(PGDialect_psycopg):
     supports_statement_cache = True
 

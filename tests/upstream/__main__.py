@@ -84,7 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=21000, help="of the first server")
     parser.add_argument("--pg-bin", type=Path, help="PostgreSQL's programs; default: found")
     parser.add_argument("--known", type=Path, default=HERE / "known.toml")
-    parser.add_argument("--cache", type=Path, default=Path("/var/tmp/sqlroute-upstream"))
+    parser.add_argument("--cache", type=Path, default=HERE.parents[1] / "build" / "upstream")
     return parser.parse_args()
 
 
