@@ -31,7 +31,8 @@ class Asking:
     _settings: Settings
     _demand: Demand
     _base: Demand
-    _blocks: list[dict[str, Any]]
+    _blocks: tuple[dict[str, Any], ...] = ()
+    _written: Token = Token()
 
     def _ask(
         self,
@@ -45,7 +46,6 @@ class Asking:
         if intent is not None:
             demand = replace(demand, intent=intent_named(intent))
         self._demand = self._base = demand
-        self._blocks = []
 
     @property
     def token(self) -> Token:
@@ -59,6 +59,11 @@ class Asking:
         """
         self._affinity = self._router.observed(self._affinity, self._routes)
         return self._affinity.token
+
+    @property
+    def written(self) -> Token:
+        """What the session has committed itself; false if nothing. Asks no server."""
+        return self._written
 
     def follow(self, token: Token | str) -> None:
         """Never read a state from before a token from now on, beside what was seen already.
@@ -101,12 +106,12 @@ class Asking:
 
     @contextmanager
     def _demanding(self, **changes: Any) -> Iterator[None]:
-        self._blocks.append(changes)
+        self._blocks = (*self._blocks, changes)
         self._demand = self._demanded()
         try:
             yield
         finally:  # blocks need not end in the order in which they began
-            self._blocks = [block for block in self._blocks if block is not changes]
+            self._blocks = tuple(block for block in self._blocks if block is not changes)
             self._demand = self._demanded()
 
     def _demanded(self) -> Demand:

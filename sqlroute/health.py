@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
+from typing import Any
 
 from sqlroute.errors import UnknownName
 from sqlroute.topology import Topology
@@ -214,6 +215,8 @@ class Health:
     topology: Topology = field(repr=False)
     nodes: MappingProxyType[str, NodeHealth]
     shards: MappingProxyType[str, ShardHealth]
+    memory: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """What others have derived from this very value and will ask for again."""
 
     @classmethod
     def initial(cls, topology: Topology) -> Health:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,7 +104,8 @@ class Router:
         self.is_sharded = any(keyspace.is_sharded for keyspace in topology.keyspaces)
         self.demand = Demand(self.policy.consistency)
         self._threads: ThreadPoolExecutor | None = None
-        self._pid = 0
+        self._has_looked = False  # in this process
+        _routers.add(self)
         self._engines = {
             flavour: Engines(
                 topology,
@@ -269,7 +271,7 @@ class Router:
 
     def health(self, engines: Engines | None = None) -> Health:
         """Return the newest health; the first call in a process waits for the first look at all."""
-        if self._pid != os.getpid():
+        if not self._has_looked:
             blocking(engines or self._engines[False], self._first_look)
         return self.monitor.health
 
@@ -277,14 +279,14 @@ class Router:
         """Wait until every shard has a primary, at most as long as a connection may take."""
         deadline = time.monotonic() + self.policy.connect_timeout
         with self._starting:
-            if self._pid == os.getpid():
+            if self._has_looked:
                 return
             health = self.monitor.ready(self.policy.connect_timeout)
             for shard in self.topology.keyspace_of_shard:
                 while health.primary(shard) is None and time.monotonic() < deadline:
                     time.sleep(0.05)  # a refused connection answers at once
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
-            self._pid = os.getpid()
+            self._has_looked = True
 
     def _prove(self, question: Unproven, situation: Situation, engines: Engines) -> bool:
         """Ask the replicas of a shard until one has replayed what the session has seen.
@@ -381,10 +383,10 @@ class Router:
     def _confirmed(self, found: Plan, engines: Engines) -> bool:
         """See to the lease: each shard of a plan must have confirmed the map it was made by."""
         lease = self.policy.map_lease
-        health = self.monitor.health
+        health, now = self.monitor.health, time.monotonic()
         for target in found.targets:
             shard = target.shard
-            if health.confirmed(shard, found.epoch, time.monotonic(), lease):
+            if health.confirmed(shard, found.epoch, now, lease):
                 continue
             health = blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
             if health.confirmed(shard, found.epoch, time.monotonic(), lease):
@@ -513,13 +515,10 @@ class Router:
 
     def threads(self) -> ThreadPoolExecutor:
         """Return the threads that wait for servers in scatters of sync sessions."""
-        if self._threads is None or self._threads_pid != os.getpid():
+        if self._threads is None:
             with self._lock:
                 self._threads = ThreadPoolExecutor(SCATTER_THREADS, "sqlroute-scatter")
-                self._threads_pid = os.getpid()
         return self._threads
-
-    _threads_pid = 0
 
     def _node_failed(self, node: str, error: BaseException) -> bool:
         """Note that a node failed; say if it counts against it.
@@ -641,7 +640,7 @@ class Router:
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None
-        self._pid = 0
+        self._has_looked = False
 
     async def aclose(self) -> None:
         """Close everything, pools of async engines too, in their event loop."""
@@ -659,6 +658,19 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+_routers: weakref.WeakSet[Router] = weakref.WeakSet()
+
+
+def _start_anew() -> None:
+    """In a child after a fork: neither threads nor locks of the parent are of use."""
+    for router in list(_routers):
+        router._has_looked, router._threads = False, None
+        router._lock, router._starting = threading.Lock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def _check_reached(token: Position | None, health: Health, since: float) -> None:

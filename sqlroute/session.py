@@ -18,6 +18,7 @@ SQLAlchemy internals used, each checked by ``tests/unit/test_sqlalchemy_internal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -70,7 +71,7 @@ else:
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-_NOTHING_SEEN = Affinity()
+log = logging.getLogger("sqlroute.session")
 
 _ISOLATION_LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
@@ -95,6 +96,18 @@ class RoutingMixin(Asking, _Base):
         SettingRefused: a setting that sessions may not carry.
     """
 
+    # what few sessions ever change is on the class: making a session is part of each request
+    _asks_per_object = False
+    _affinity = Affinity()
+    _group: CommitGroup | None = None
+    _is_proved = True  # the node that is enlisted next has all that the session has seen
+    _given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
+    _chosen: Engine | Connection | None = None  # by the last plan
+    _options: Mapping[str, Any] = _NOTHING  # of the transaction's connections
+    _optioned: frozenset[Engine] = frozenset()  # that have them
+    _shard: str | None = None
+    _streaming: frozenset[str] = frozenset()
+
     def __init__(
         self,
         *arguments: Any,
@@ -108,21 +121,11 @@ class RoutingMixin(Asking, _Base):
         **options: Any,
     ) -> None:
         self._stale = StaleWrites(stale_writes)
-        self._asks_per_object = False
         self._router = router
         self._routes = router.engines(is_async=asynchronous)
-        self._affinity = _NOTHING_SEEN
-        self._group: CommitGroup | None = None
-        self._ask(router.demand, consistency, intent)
         self._settings = Settings()
-        self._is_proved = True  # the node that is enlisted next has all that the session has seen
-        self._given_options: Mapping[str, Any] = _NOTHING  # of a statement that listeners see
-        self._chosen: Engine | Connection | None = None  # by the last plan
-        self._options: Mapping[str, Any] = _NOTHING  # of the transaction's connections
-        self._optioned: set[Engine] = set()  # that have them
-        self._shard: str | None = None
-        self._streaming: frozenset[str] = frozenset()
         self._is_sharded = router.is_sharded
+        self._ask(router.demand, consistency, intent)
         if token is not None:
             self.follow(token)
         if settings is not None:
@@ -418,13 +421,23 @@ class RoutingMixin(Asking, _Base):
     def _connection_for_bind(
         self, engine: Any, execution_options: Any = None, **options: Any
     ) -> Connection:
-        if isinstance(engine, Connection) and engine is self._chosen:
+        transaction = self._transaction
+        if engine is self._chosen and isinstance(engine, Connection):
             # lent for a read, or a member of the transaction already
             TransactionalContext._trans_ctx_check(self)
-            transaction = self._transaction or self._autobegin_t()
+            transaction = transaction or self._autobegin_t()
             if transaction._state is not SessionTransactionState.ACTIVE:
                 transaction._raise_for_prerequisite_state("execute", transaction._state)
             return engine
+        if (
+            transaction is not None
+            and engine in transaction._connections
+            and transaction._state is SessionTransactionState.ACTIVE
+            and not (execution_options or self._settings.is_needed)
+        ):
+            TransactionalContext._trans_ctx_check(self)
+            known: Connection = transaction._connections[engine][0]
+            return known
         for name in execution_options or ():
             if name[:9] == "sqlroute_":
                 raise UnknownName(
@@ -432,7 +445,7 @@ class RoutingMixin(Asking, _Base):
                     'bind_arguments={"shard": "..."} and session.begin(read_only=True)'
                 )
         if self._options and engine not in self._optioned:
-            self._optioned.add(engine)
+            self._optioned |= {engine}
             execution_options = {**self._options, **(execution_options or {})}
         found: Connection = super()._connection_for_bind(engine, execution_options, **options)
         if self._settings.is_needed:
@@ -535,6 +548,8 @@ class RoutingMixin(Asking, _Base):
         self, mapper: Any, primary_key_identity: Any, identity_token: Any = None, **options: Any
     ) -> Any:
         """Look for an object under the token of the shard that its key belongs to."""
+        if not self.identity_map._dict:
+            return None
         lookup = super()._identity_lookup
         if identity_token is not None or not self._is_sharded:
             return lookup(mapper, primary_key_identity, identity_token=identity_token, **options)
@@ -641,13 +656,30 @@ def _after_commit(session: Any) -> None:
     group = session._group
     if group is None:
         return
-    router = session._router
-    health = router.monitor.health
-    for shard, lsn in group.lsns.items():
-        known = health.nodes.get(session._affinity.of(shard).pinned)
-        timeline = known.timeline if known is not None else 0
-        position = router.position(shard, timeline, lsn)
-        session._affinity = session._affinity.committed(position)
+    router, affinity = session._router, session._affinity
+    nodes = router.monitor.health.nodes
+    lsns = group.lsns
+    for shard, lsn in lsns.items():
+        known = nodes.get(affinity.of(shard).pinned)
+        position = router.position(shard, known.timeline if known is not None else 0, lsn)
+        affinity = affinity.committed(position)
+    writers = group.writers
+    if not all(shard in lsns for shard in writers):
+        affinity = _look_behind(session, affinity)  # a two-phase commit of SQLAlchemy's own
+    session._affinity = affinity
+    if writers:
+        seen = (affinity.of(shard).token for shard in writers)
+        session._written |= Token(tuple(position for position in seen if position is not None))
+
+
+def _look_behind(session: Any, affinity: Affinity) -> Affinity:
+    """Return the affinity with positions observed after a commit that brought none back."""
+    try:
+        found: Affinity = session._router.observed(affinity, session._routes)
+    except SQLRouteError as error:  # the session stays with the nodes it has written on
+        log.warning("the position of a two-phase commit is not known: %s", error)
+        return affinity
+    return found
 
 
 def _after_transaction_end(session: Any, transaction: Any) -> None:
@@ -655,12 +687,15 @@ def _after_transaction_end(session: Any, transaction: Any) -> None:
         session._settings.unsettled()
     if transaction.parent is None:
         session._affinity = session._affinity.ended()
-        session._group = None
-        session._streaming = frozenset()
-        session._settings.ended()
+        if session._group is not None:
+            session._group = None
+        if session._streaming:
+            session._streaming = frozenset()
+        if session._settings.is_needed:
+            session._settings.ended()
         if session._options:
             session._options = _NOTHING
-            session._optioned.clear()
+            session._optioned = frozenset()
             session._base = replace(session._base, snapshot=None)
             session._demand = session._demanded()
 

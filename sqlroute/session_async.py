@@ -31,6 +31,11 @@ class RoutingAsyncSession(AsyncSession):
         """What the session has seen, to be awaited: ``await session.token``."""
         return greenlet_spawn(lambda: self.sync_session.token)
 
+    @property
+    def written(self) -> Token:
+        """What the session has committed itself; false if nothing. Asks no server."""
+        return self.sync_session.written
+
     def follow(self, token: Token | str) -> None:
         """Never read a state from before a token. See ``RoutingSession.follow``."""
         self.sync_session.follow(token)

@@ -1,20 +1,20 @@
 """What one session has seen and done: the facts that bind its next statement to a node.
 
 A value; a change is a new value. It never knows a connection, only names and positions in the WAL.
+Tuples, because each transaction makes several, and a frozen dataclass takes three times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 from sqlroute.routing.token import Position, Token, newest
 
 
-@dataclass(frozen=True, slots=True)
-class ShardAffinity:
+class ShardAffinity(NamedTuple):
     """One session's ties to one shard.
 
     Attributes:
@@ -37,8 +37,7 @@ _NOBODY: frozenset[tuple[str, int]] = frozenset()
 _NO_TIES: Mapping[str, ShardAffinity] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Affinity:
+class Affinity(NamedTuple):
     """All ties of one session.
 
     Attributes:
@@ -49,7 +48,7 @@ class Affinity:
         last: the shard that the transaction under way used last.
     """
 
-    shards: Mapping[str, ShardAffinity] = field(default_factory=lambda: _NO_TIES)
+    shards: Mapping[str, ShardAffinity] = _NO_TIES
     explicit: bool = False
     read_only: bool = False
     setting: str | None = None
@@ -76,7 +75,7 @@ class Affinity:
         if not proved and tie.nodes:
             nodes = tie.nodes | only
         if nodes == tie.nodes:
-            return self if self.last == shard else replace(self, last=shard)
+            return self if self.last == shard else self._replace(last=shard)
         return self._with(shard, ShardAffinity(nodes, tie.pinned, tie.token), self.epoch, shard)
 
     def pinned(self, shard: str, node: str, life: int = 0, *, proved: bool = True) -> Affinity:
@@ -106,10 +105,10 @@ class Affinity:
         return self._with(position.shard, ShardAffinity(nodes, tie.pinned, found), epoch, self.last)
 
     def begun(self, *, read_only: bool = False) -> Affinity:
-        return replace(self, explicit=True, read_only=read_only)
+        return self._replace(explicit=True, read_only=read_only)
 
     def set_by_hand(self, shard: str) -> Affinity:
-        return replace(self, setting=shard)
+        return self._replace(setting=shard)
 
     def ended(self) -> Affinity:
         """After the transaction: what was seen remains."""
@@ -120,7 +119,6 @@ class Affinity:
         return Affinity(MappingProxyType(kept), epoch=self.epoch)
 
     def _with(self, shard: str, tie: ShardAffinity, epoch: int, last: str | None) -> Affinity:
-        # the constructor, not replace(): several are made in each transaction
         shards = MappingProxyType({**self.shards, shard: tie})
         return Affinity(shards, self.explicit, self.read_only, self.setting, epoch, last)
 

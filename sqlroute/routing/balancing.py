@@ -66,6 +66,20 @@ def candidates(
     return Candidates(tuple(fresh), tuple(unproven), tuple(refused))
 
 
+def unbound(
+    shard: str, health: Health, topology: Topology, policy: Policy, consistency: Consistency
+) -> Candidates:
+    """Sort the replicas for a session that has seen nothing yet; once for each state of health."""
+    key = (shard, consistency, id(policy))
+    known = health.memory.get(key)
+    if known is not None and known[0] is policy:
+        found: Candidates = known[1]
+        return found
+    found = candidates(shard, health, topology, policy, consistency, _NOTHING, frozenset())
+    health.memory[key] = policy, found
+    return found
+
+
 def _others(
     shard: str, health: Health, topology: Topology, exclude: frozenset[str]
 ) -> list[tuple[str, str]]:
@@ -101,6 +115,9 @@ class Required:
         if not nodes or (len(nodes) == 1 and (node.node, node.life) in nodes):
             return True
         return self.floor is not None and has_replayed(node, self.floor)
+
+
+_NOTHING = Required(None, frozenset(), None)
 
 
 def has_replayed(node: NodeHealth, position: Position) -> bool:

@@ -65,8 +65,13 @@ def bucket_of(values: tuple[object, ...], kinds: tuple[KeyKind, ...], buckets: i
     if kinds == _ONE_INTEGER and len(values) == 1:
         value = values[0]
         if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
-            return ((_hash_word(_folded(value)) + _COMBINE) & _M64) % buckets
+            return _hash_integer(value) % buckets
     return partition_hash(values, kinds) % buckets
+
+
+@lru_cache(maxsize=16_384)  # a request often asks for one key again and again
+def _hash_integer(value: int) -> int:
+    return (_hash_word(_folded(value)) + _COMBINE) & _M64
 
 
 def buckets_of(values: Iterable[object], kind: KeyKind, buckets: int) -> list[int]:

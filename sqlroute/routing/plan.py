@@ -37,6 +37,9 @@ class Target:
     is_proved: bool = True
     life: int = 0
 
+    def __hash__(self) -> int:  # of seven fields it takes longer than all the rest of planning
+        return hash((self.node, self.reason))
+
     def __str__(self) -> str:
         role = "primary" if self.is_primary else "replica"
         mode = "in the transaction" if self.in_transaction else "autocommit"

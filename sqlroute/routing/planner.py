@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.sql import visitors
+from sqlalchemy.sql import Select, visitors
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnElement
 from sqlalchemy.sql.type_api import TypeDecorator
 
@@ -132,9 +132,14 @@ class Planner:
         Raises:
             PlanError: its tables cannot be placed.
         """
-        statement = getattr(statement, "_resolved", statement)  # of a lambda statement
-        make = getattr(statement, "_generate_cache_key", None)
-        cache_key = make() if make is not None else None
+        if type(statement) is Select:
+            cache_key = statement._generate_cache_key()
+            if cache_key is not None:  # SQLAlchemy will ask for it once more
+                statement._set_memoized_attribute("_generate_cache_key", lambda: cache_key)
+        else:
+            statement = getattr(statement, "_resolved", statement)  # of a lambda statement
+            make = getattr(statement, "_generate_cache_key", None)
+            cache_key = make() if make is not None else None
         if cache_key is None:
             binds = _binds(statement)
             position = {bind.key: i for i, bind in enumerate(binds)}

@@ -61,6 +61,8 @@ class Kind(Enum):
     WRITE = "write"
     UNKNOWN = "unknown"
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python
+
 
 class Placement(Enum):
     """Where the rows of a statement are."""

@@ -29,6 +29,7 @@ from sqlroute.routing.balancing import (
     describe_token,
     patience,
     refusal,
+    unbound,
 )
 from sqlroute.routing.plan import Target
 from sqlroute.routing.plan import target as made
@@ -208,8 +209,15 @@ def _for_read(
     if consistency is Consistency.STRONG:
         return made(shard, _primary(shard, situation), True, within, "consistency is strong")
     policy, health, topology = situation.policy, situation.health, situation.topology
-    required = Required(tie.token, tie.nodes, situation.floors.get(shard))
     sessional = consistency is Consistency.SESSION
+    if tie.token is None and not tie.nodes and not situation.exclude:
+        found = unbound(shard, health, topology, policy, consistency)
+        if found.fresh:
+            chosen = choose(found.fresh, situation.loads, rng)
+            why = "a healthy replica"
+            return made(shard, chosen.node, False, within, why, sessional, chosen.life)
+        return _fallback(shard, found.reasons(), situation, within)
+    required = Required(tie.token, tie.nodes, situation.floors.get(shard))
     if len(tie.nodes) == 1:
         ((node, life),) = tie.nodes
         known = health.nodes.get(node)

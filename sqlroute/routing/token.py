@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from sqlroute.errors import InvalidToken, PlanError
@@ -31,8 +32,11 @@ class Position:
     cluster: int = 0
 
     def __str__(self) -> str:
-        text = f"{quote(self.shard)}@{self.epoch}.{self.timeline}.{format_lsn(self.lsn)}"
+        text = f"{_quoted(self.shard)}@{self.epoch}.{self.timeline}.{format_lsn(self.lsn)}"
         return f"{text}.{self.cluster:x}" if self.cluster else text
+
+
+_quoted = lru_cache(maxsize=4096)(quote)
 
 
 def newest(old: Position, new: Position) -> Position:

@@ -19,13 +19,12 @@ from sqlalchemy.util import await_only
 from sqlroute.runtime.commit import CommitGroup, group_of, is_lost
 from sqlroute.runtime.scatter import Branch
 from sqlroute.runtime.settings import UNSETTLED
+from sqlroute.runtime.wire import execute_opening, is_in_pipeline, opens
 
 DRIVERNAME = "postgresql+sqlroute"
 
-READING = "sqlroute.reading"
 
-
-def start_reading(connection: Any) -> None:
+def start_reading(connection: Any, driver: Any) -> None:
     """Put a pooled connection into AUTOCOMMIT until it goes back to its pool.
 
     The mode stays on the connection, so that the next read finds it: switching is one flag, but a
@@ -33,28 +32,26 @@ def start_reading(connection: Any) -> None:
     event would cost every statement of the engine). What the driver says is the truth, not a note
     of ours beside it: a task may be cancelled between the two.
     """
-    connection.info[READING] = True
-    driver = connection.driver_connection
+    driver.sqlroute_reads = True
     driver.sqlroute_asked = False
     if not driver.autocommit:
         _set_autocommit(connection, True)
 
 
+def reads(driver: Any) -> bool:
+    """Say if a driver's connection is lent for a read."""
+    return getattr(driver, "sqlroute_reads", False)
+
+
 def _stop_reading(connection: Any) -> None:
     driver = connection.driver_connection
-    if driver.autocommit and READING not in connection.info and not _is_asked(driver):
+    if driver.autocommit and not reads(driver) and not _is_asked(driver):
         _set_autocommit(connection, False)
 
 
 def _is_asked(driver: Any) -> bool:
     """Say if AUTOCOMMIT is an isolation level that the application asked for."""
     return getattr(driver, "sqlroute_asked", False)
-
-
-def _in_transaction(connection: Any) -> bool:
-    """Say if a transaction is open: of a read with settings, begun by hand."""
-    driver = connection.driver_connection
-    return driver is not None and driver.pgconn.transaction_status != 0
 
 
 def _set_autocommit(connection: Any, value: bool) -> None:
@@ -71,6 +68,8 @@ class _Doors(PGDialect_psycopg):
         branch = getcurrent()
         if isinstance(branch, Branch):
             branch.call(cursor, cursor.execute, statement, parameters)
+        elif parameters and (driver := opens(cursor)) is not None:
+            execute_opening(driver, cursor, statement, parameters)
         else:
             cursor.execute(statement, parameters)
 
@@ -123,15 +122,16 @@ class _Doors(PGDialect_psycopg):
 
     def do_rollback(self, dbapi_connection: Any) -> None:
         if isinstance(dbapi_connection, _ConnectionFairy):
-            if dbapi_connection.info.pop(READING, False) and not _in_transaction(dbapi_connection):
-                return  # nothing was begun
-            CommitGroup.leave(dbapi_connection)
-            if getattr(dbapi_connection.driver_connection, "_pipeline", None) is not None:
-                dbapi_connection.invalidate()  # a cancelled executemany has not left its pipeline
+            driver = dbapi_connection.driver_connection
+            if driver is None or is_in_pipeline(driver):
+                dbapi_connection.invalidate()
                 return
-            if is_lost(dbapi_connection):  # lost in a commit: the server has rolled back long since
-                if dbapi_connection.driver_connection is not None:
-                    dbapi_connection.invalidate(soft=True)
+            driver.sqlroute_reads = False
+            CommitGroup.leave(dbapi_connection)
+            if driver.pgconn.transaction_status == 0 and not driver._tpc:
+                return  # nothing was begun, or it has ended
+            if is_lost(dbapi_connection):  # in a commit: the server has rolled back long since
+                dbapi_connection.invalidate(soft=True)
                 return
         super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
 

@@ -90,6 +90,8 @@ class Settings:
         wanted: by name; a new value with each change.
     """
 
+    __slots__ = ("_before", "_given", "_wishes", "wanted")
+
     def __init__(self) -> None:
         self.wanted: Mapping[str, str] = _NONE
         self._wishes: list[Wish] = []

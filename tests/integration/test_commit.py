@@ -28,7 +28,7 @@ STEPS = (
     ("before", "PREPARE TRANSACTION"),
     ("after", "PREPARE TRANSACTION"),
     ("after", "INSERT INTO sqlroute.commit_record"),
-    ("after", "SELECT current_setting"),
+    ("after", "COMMIT; SELECT"),
     ("after", "COMMIT PREPARED"),
 )
 COUNT = "SELECT count(*) FROM customer"
@@ -49,13 +49,13 @@ def interrupt(
     """Do something before or after the first command of a commit that begins so."""
     run, done = commit._run, []
 
-    def interrupted(connection: Any, command: str) -> Any:
+    def interrupted(connection: Any, command: str, **options: Any) -> Any:
         if what not in command or done:
-            return run(connection, command)
+            return run(connection, command, **options)
         done.append(command)
         if not after:
             do(connection)
-        found = run(connection, command)
+        found = run(connection, command, **options)
         if after:
             do(connection)
         return found
@@ -99,7 +99,7 @@ class TestAtomicity:
         sent: list[str] = []
         run = commit._run
         monkeypatch.setattr(
-            commit, "_run", lambda c, command: (sent.append(command), run(c, command))[1]
+            commit, "_run", lambda c, command, **o: (sent.append(command), run(c, command, **o))[1]
         )
         with session.begin():
             session.add(one_each(shop)[0])
@@ -195,7 +195,7 @@ class TestAtomicity:
         """The deciding COMMIT was sent and its answer lost: in doubt, and recovery knows."""
         session.add_all(one_each(shop))
         session.flush()
-        interrupt(monkeypatch, "SELECT current_setting", _terminate(shop, "s0"))
+        interrupt(monkeypatch, "COMMIT; SELECT", _terminate(shop, "s0"))
         with pytest.raises(InDoubtCommit, match="recover"):
             session.commit()
         session.rollback()
@@ -241,11 +241,11 @@ class TestRecovery:
             from sqlroute.runtime import commit
 
             run = commit._run
-            def dying(connection, command):
+            def dying(connection, command, **options):
                 dies = {command!r} in command
                 if dies and {when == "before"}:
                     os._exit(7)
-                found = run(connection, command)
+                found = run(connection, command, **options)
                 if dies:
                     os._exit(7)
                 return found
@@ -258,7 +258,7 @@ class TestRecovery:
         died = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
         assert died.returncode == 7
 
-        decided = command in ("SELECT current_setting", "COMMIT PREPARED")  # the COMMIT is in both
+        decided = command in ("COMMIT; SELECT", "COMMIT PREPARED")  # the COMMIT is in both
         finished = shop.router.recover(older_than=0)
         assert customers(shop) == ((1, 1) if decided else (0, 0))
         assert {f.committed for f in finished} <= {decided}

@@ -209,6 +209,17 @@ class Pair(Base):
     __table__ = sa.outerjoin(left, right, left.c.left_id == right.c.owner)
 
 
+_STATE = (
+    "SELECT pg_is_in_recovery(), current_setting('recovery_min_apply_delay')",
+    "SELECT status, flushed_lsn, latest_end_lsn, last_msg_receipt_time, now() "
+    "FROM pg_stat_wal_receiver",
+    "SELECT application_name, state, sent_lsn, replay_lsn FROM pg_stat_replication",
+    "SELECT pid, backend_type, state, wait_event_type, wait_event, now() - xact_start, query "
+    "FROM pg_stat_activity WHERE pid <> pg_backend_pid()",
+    "SELECT pid, relation::regclass, mode, granted FROM pg_locks WHERE relation > 16384",
+)
+
+
 class Stock:
     """One shard whose replica is held 3 s behind as soon as the test's rows are on it."""
 
@@ -229,7 +240,21 @@ class Stock:
         primary = self.router.monitor.ask("s0", 1.0).primary("s0")
         assert primary is not None
         lsn = primary.lsn
-        until(lambda: all(node.is_readable and node.lsn >= lsn for node in self._replicas()))
+        try:
+            until(lambda: all(node.is_readable and node.lsn >= lsn for node in self._replicas()))
+        except AssertionError as late:
+            raise AssertionError(f"the replica is not at {lsn:X}: {self._state()}") from late
+
+    def _state(self) -> str:
+        """Say what the servers are doing, for a failure that nobody has explained yet."""
+        import psycopg
+
+        found = [str(self._replicas())]
+        for node in self.servers.nodes:
+            with psycopg.connect(**node.conninfo, autocommit=True) as connection:
+                for query in _STATE:
+                    found.append(f"{node.name}: {connection.execute(query).fetchall()}")
+        return "\n".join(found)
 
     def _replicas(self) -> Any:
         return self.router.monitor.ask("s0", 1.0).replicas("s0")

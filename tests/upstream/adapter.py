@@ -8,7 +8,6 @@ session that is bound to anything else (SQLite, a mock, a Connection) keeps SQLA
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from typing import Any
@@ -109,7 +108,7 @@ class GivenRouter(Router):
     def __init__(self, given: Engine | None = None) -> None:
         super().__init__(TOPOLOGY, POLICY)
         self.monitor = _monitor
-        self._pid = os.getpid()  # the first look has been taken
+        self._has_looked = True
         engines = GivenEngines(given)
         self._engines = {False: engines, True: engines}
 

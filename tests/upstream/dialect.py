@@ -14,7 +14,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool.base import _ConnectionFairy
 
 from sqlroute.runtime.commit import group_of
-from sqlroute.runtime.dialect import READING, RoutedAsyncDialect, RoutedDialect
+from sqlroute.runtime.dialect import RoutedAsyncDialect, RoutedDialect, reads
 
 counts: Counter[str] = Counter()
 """Statements of sessions and tests, by who answered."""
@@ -107,7 +107,7 @@ def _count(cursor: Any, context: Any) -> None:
         counts["replica"] += 1
         return
     counts["primary"] += 1
-    if READING in fairy.info:
+    if reads(fairy.driver_connection):
         counts["primary, outside of a transaction"] += 1
         return
     driver: Any = fairy.driver_connection

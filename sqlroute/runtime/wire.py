@@ -1,0 +1,135 @@
+"""Two short cuts through psycopg: a transaction begun with its first statement, a plain command.
+
+psycopg sends BEGIN by itself, one round trip before the first statement of a transaction; even its
+own pipeline waits for the answer. Here both go out together (:class:`Opening`). And what a commit
+sends needs no cursor: the results of libpq are read as they are (:func:`command`).
+
+Internals of psycopg used, each checked by ``tests/unit/test_psycopg_internals.py``:
+``Connection._pipeline``, ``BasePipeline._communicate_gen``, ``_sync_gen``, ``_process_results``,
+``command_queue`` and ``result_queue``, and ``AsyncAdapt_psycopg_cursor._connection`` of SQLAlchemy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from psycopg import Cursor, Error, Pipeline
+from psycopg.errors import error_from_result
+from psycopg.generators import execute, fetch_many, send
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from sqlalchemy.dialects.postgresql.psycopg import AsyncAdapt_psycopg_cursor
+from sqlalchemy.util import await_only
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
+_HAS_PIPELINES = Pipeline.is_supported()
+
+
+class Opening(Pipeline):
+    """What a connection takes for its pipeline during one statement: BEGIN goes with that.
+
+    The cursor queues its commands here, as in any pipeline of psycopg's, BEGIN before them; they
+    are sent, and their results awaited, when it asks for that at the end.
+    """
+
+    def _sync_gen(self) -> PQGen[None]:
+        """Do not wait for the answer to BEGIN."""
+        yield from ()
+
+    def _communicate_gen(self) -> PQGen[None]:
+        """Send all that is queued as one message, and give each result to whom it belongs.
+
+        Raises:
+            Error: the first one; those of the commands after it are its consequence.
+        """
+        self._conn._pipeline = None  # what the cursor does later is not part of it
+        pgconn, queue = self.pgconn, []
+        failed: Error | None = None
+        pgconn.enter_pipeline_mode()
+        try:
+            for call, queued in zip(self.command_queue, self.result_queue, strict=True):
+                call()
+                queue.append(queued)
+        except Error as error:  # of libpq: too many parameters
+            failed = error
+        pgconn.pipeline_sync()
+        yield from send(pgconn)
+        for queued in queue:
+            try:
+                self._process_results(queued, (yield from fetch_many(pgconn)))
+            except Error as error:
+                failed = failed or error
+        if pgconn.status != ConnStatus.BAD:
+            yield from fetch_many(pgconn)  # the answer to the sync
+            pgconn.exit_pipeline_mode()
+        if failed is not None:
+            raise failed
+
+
+def opens(cursor: Any) -> Any:
+    """Return the driver's connection, if the next statement of a cursor begins a transaction there.
+
+    ``None`` where it does not, or cannot go out together with BEGIN: server-side cursors declare
+    themselves first.
+    """
+    kind = type(cursor)
+    if kind is Cursor:
+        driver = cursor.connection
+    elif kind is AsyncAdapt_psycopg_cursor:
+        driver = cursor._connection
+    else:
+        return None
+    if driver.pgconn.transaction_status != TransactionStatus.IDLE or driver.autocommit:
+        return None
+    return driver if driver._pipeline is None and _HAS_PIPELINES else None
+
+
+def execute_opening(driver: Any, cursor: Any, statement: Any, parameters: Any) -> None:
+    """Execute a statement with parameters, BEGIN before it, in one round trip."""
+    driver._pipeline = Opening(driver)
+    try:
+        cursor.execute(statement, parameters)
+    finally:
+        driver._pipeline = None  # nothing was sent, where a parameter could not be converted
+
+
+def is_in_pipeline(driver: Any) -> bool:
+    """Say if a connection was left in the middle of a pipeline, by a task that was cancelled."""
+    return driver._pipeline is not None or driver.pgconn.pipeline_status != 0
+
+
+def command(connection: Any, text: str, needed: int | None = None) -> list[PGresult]:
+    """Send one simple query of one or more commands; return their results.
+
+    Nothing is converted, nor prepared. A transaction is not begun for it.
+
+    Args:
+        connection: a pooled connection, sync or async.
+        needed: how many of the commands must succeed; by default all.
+
+    Raises:
+        Error: the first that a needed command has caused; those after it did not run.
+    """
+    driver = connection.driver_connection
+    if connection.dbapi_connection is driver:
+        with driver.lock:
+            found: list[PGresult] = driver.wait(_talk(driver.pgconn, text, needed))
+            return found
+    return await_only(_command(driver, text, needed))
+
+
+async def _command(driver: Any, text: str, needed: int | None) -> list[PGresult]:
+    async with driver.lock:
+        found: list[PGresult] = await driver.wait(_talk(driver.pgconn, text, needed))
+        return found
+
+
+def _talk(pgconn: Any, text: str, needed: int | None) -> PQGen[list[PGresult]]:
+    pgconn.send_query(text.encode())
+    results: list[PGresult] = yield from execute(pgconn)
+    for result in results[:needed]:
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise error_from_result(result, encoding="utf-8")
+    return results
