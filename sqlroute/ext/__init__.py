@@ -1,0 +1,1 @@
+"""What fits sqlroute into other programs, each in a module that imports only that one."""
