@@ -10,6 +10,7 @@ Imports pydantic, so import it where a configuration is loaded, not at the top o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -27,7 +28,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from sqlroute.errors import ConfigError
-from sqlroute.routing.policy import Consistency, Policy
+from sqlroute.routing.policy import Balancing, Consistency, Policy
 from sqlroute.topology import Keyspace, Node, Secret, Shard, Topology
 
 DEFAULT_FILE = "sqlroute.toml"
@@ -56,7 +57,7 @@ _REFUSED = {
     "sslpassword": _SECRET,
     "target_session_attrs": "sqlroute observes which node is the primary; remove it",
 }
-_OWN_PARAMETERS = ("name", "zone", "weight")
+_OWN_PARAMETERS = ("name", "zone", "weight", "discover")
 _PLACES = ("host", "port", "user", "password", "dbname")
 _SCHEMES = ("postgresql", "postgresql+psycopg", "postgres")
 _UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -267,6 +268,28 @@ def _more_than_nothing(value: float) -> float:
     return value
 
 
+def _number(value: object) -> float:
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise PydanticCustomError("rule", "must be a number, 0 or more")
+    return number
+
+
+def _at_most_one(value: float) -> float:
+    if value > 1:
+        raise PydanticCustomError("rule", "must be a share, 0 to 1")
+    return value
+
+
+def _some_number(value: float) -> float:
+    if value == 0:
+        raise PydanticCustomError("rule", "must be more than 0")
+    return value
+
+
 def _whole(value: object) -> object:
     if isinstance(value, bool):
         raise PydanticCustomError("rule", "must be a whole number")
@@ -294,6 +317,9 @@ def _power_of_two(value: int) -> int:
 
 _Seconds = Annotated[float, BeforeValidator(_seconds)]
 _SomeSeconds = Annotated[_Seconds, AfterValidator(_more_than_nothing)]
+_Number = Annotated[float, BeforeValidator(_number)]
+_SomeNumber = Annotated[_Number, AfterValidator(_some_number)]
+_Share = Annotated[_Number, AfterValidator(_at_most_one)]
 _Whole = Annotated[int, BeforeValidator(_whole)]
 _Functions = Annotated[
     tuple[Annotated[str, AfterValidator(_function_name)], ...], BeforeValidator(_listed)
@@ -313,10 +339,20 @@ class _PolicyTable(_Table):
     token_wait: _Seconds | None = _DEFAULTS.token_wait
     scatter_timeout: _SomeSeconds = _DEFAULTS.scatter_timeout
     primary_fallback: bool = _DEFAULTS.primary_fallback
+    primary_fallback_share: _Share = _DEFAULTS.primary_fallback_share
+    primary_fallback_free: _Number = _DEFAULTS.primary_fallback_free
+    balancing: Balancing = _DEFAULTS.balancing
+    latency_window: _Seconds = _DEFAULTS.latency_window
+    zone: str = _DEFAULTS.zone
+    replicas_per_process: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.replicas_per_process
+    probe_rate: _SomeNumber = _DEFAULTS.probe_rate
+    connections_per_node: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.connections_per_node
     pool_size: Annotated[_Whole, Field(ge=1)] = _DEFAULTS.pool_size
     max_overflow: Annotated[_Whole, Field(ge=-1)] = _DEFAULTS.max_overflow
     pool_timeout: _Seconds = _DEFAULTS.pool_timeout
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
+    primary_wait: _Seconds = _DEFAULTS.primary_wait
+    deadline: _SomeSeconds | None = _DEFAULTS.deadline
     allow_functions: _Functions = _DEFAULTS.allow_functions
     deny_functions: _Functions = _DEFAULTS.deny_functions
 
@@ -464,7 +500,7 @@ def _guess(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     if close := difflib.get_close_matches(name.lower(), names, n=1):
         return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(names)}" if len(names) < 15 else ""
+    return f"; known: {', '.join(names)}" if len(names) < 30 else ""
 
 
 def _kind(value: object) -> str:
@@ -610,6 +646,11 @@ def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
     if not _NODE_NAME.fullmatch(name):
         faults.append("name must be a text without spaces and '@'")
     zone = given.pop("zone", "")
+    discover = given.pop("discover", "")
+    if discover not in ("", "dns"):
+        faults.append("discover must be dns: the host is a name of several servers")
+    elif discover and (not values["host"] or values["host"].startswith("/")):
+        faults.append("discover=dns needs a host name")
     if faults:
         return None, faults
     node = Node(
@@ -622,6 +663,7 @@ def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
         zone=zone,
         weight=weight,
         options=tuple(given.items()),
+        discovers=bool(discover),
     )
     return node, []
 

@@ -11,6 +11,12 @@ States of a node, with hysteresis::
                          │<──success── (SUSPECT)                       └─────failure──────┘ │
                          └────────────────────────── 2 more successes ──────────────────────┘
 
+A replica that answers, but much later than the others of its shard, is SLOW for a time that
+doubles when it happens again: it takes no reads as long as another one may. At most half of the
+replicas that answer are SLOW at once. Meanwhile it is looked at in the background, by the monitor's
+one probe at a time. A node that comes back, from DOWN or from SLOW, begins with a small ``share``
+of the reads that grows with the time.
+
 SUSPECT is not readable, even after one failure and even though most single failures mean little:
 reading from a replica in doubt can cost a request its whole deadline, while reading from another
 one, or from the primary, costs nothing. A doubt lasts only until the next probe. A *primary* in
@@ -44,6 +50,50 @@ SUCCESSES_TO_UP = 2
 RTT_ALPHA = 0.2
 """Weight of the newest round-trip time (the value of MongoDB's server selection specification)."""
 
+USUAL_ALPHA = 0.002
+"""Weight of the newest round trip in what is usual for a node, when it is a longer one: a far node
+is not a slow one, and a network that has changed for good is the usual one after some minutes."""
+
+SLOW_FACTOR = 3.0
+"""A node is slow that takes this many times as long as the median of the others..."""
+
+SLOW_BY = 0.05
+"""...and these seconds more: 3 ms instead of 1 ms are nobody's concern."""
+
+SLOW_PROBES = 3
+"""Looks in a row that must find a node slow. One long answer may be the monitor's own pause."""
+
+SLOW_STATEMENTS = 5
+"""Statements between two probes from which on their time counts in full; fewer are chance."""
+
+SLOW_FOR = 10.0
+"""Seconds for which a slow node is set aside; twice as long each time it happens again..."""
+
+SLOW_FOR_AT_MOST = 300.0
+"""...up to this, and from the start when it was well for a while."""
+
+FIRST_SHARE = 0.1
+"""Share of its reads that a node begins with when it comes back; its caches may be cold."""
+
+RETURN = 10.0
+"""Seconds after which it has all of them."""
+
+READ_RATE_HALF_LIFE = 3600.0
+"""Seconds after which half is forgotten of how many reads the replicas of a shard once took."""
+
+RECHECK = 0.1
+"""Share of the pause after which a node in doubt is asked again."""
+
+RATE_MARGIN = 0.8
+"""Share of the rate of probes that is planned for: pauses are random, and counts are late."""
+
+COUNT_EVERY = 4
+"""Probes of a monitor from one count of all monitors to the next: counting takes a server that has
+hundreds of connections longer than all the rest of a probe."""
+
+UNUSED_FACTOR = 20.0
+"""How much longer the pauses are for a node that nobody uses."""
+
 HISTORY_LENGTH = 128
 """Positions of the primary kept per shard. Beyond it, every second one of the older half goes: the
 reach doubles and the older figures of lag get coarser, always towards more lag."""
@@ -65,6 +115,7 @@ class State(Enum):
     UNKNOWN = "unknown"
     UP = "up"
     SUSPECT = "suspect"
+    SLOW = "slow"
     DOWN = "down"
     RECOVERING = "recovering"
 
@@ -90,6 +141,9 @@ class Observation:
         version: ``server_version_num``.
         orders_by_code_point: the database sorts text by code point unless told otherwise.
         accepts_writes: a primary on which a plain transaction is not read-only.
+        monitors: how many are connected to the node, this one included; 0 if not counted.
+        statements: reads of this process that the node has answered since the last observation.
+        statement_seconds: what they took, altogether.
     """
 
     node: str
@@ -108,6 +162,9 @@ class Observation:
     orders_by_code_point: bool = False
     accepts_writes: bool = False
     life: int = 0
+    monitors: int = 0
+    statements: int = 0
+    statement_seconds: float = 0.0
 
     @classmethod
     def failed(cls, node: str, at: float, error: str, *, hung: bool = False) -> Observation:
@@ -131,6 +188,16 @@ class NodeHealth:
         life: as in :class:`Observation`.
         seen_at: when the last probe that succeeded was sent; minus infinity before the first.
         failed_at: when the last failure was noted.
+        usual_rtt: what is usual for this node, by which a far one differs from a slow one.
+        latency: moving average of what statements took, seconds; 0 before the first.
+        read_rate: moving average of the reads that it answered to this process per second.
+        slow: observations in a row that found it slow.
+        slow_until: it is set aside until then; minus infinity if it is not.
+        slow_for: how long it was set aside the last time, and ``slow_ended`` until when.
+        returned_at: when it answered again after it was down, or was let in again after it was
+            slow; minus infinity if it never was.
+        share: of the reads that its weight entitles it to; below 1 soon after its return.
+        monitors: how many watch it, as last counted.
     """
 
     node: str
@@ -159,6 +226,16 @@ class NodeHealth:
     life: int = 0
     seen_at: float = NEVER
     failed_at: float = NEVER
+    usual_rtt: float = 0.0
+    latency: float = 0.0
+    read_rate: float = 0.0
+    slow: int = 0
+    slow_until: float = NEVER
+    slow_for: float = 0.0
+    slow_ended: float = NEVER
+    returned_at: float = NEVER
+    share: float = 1.0
+    monitors: int = 0
 
     @property
     def is_readable(self) -> bool:
@@ -187,6 +264,8 @@ class ShardHealth:
         history: (time, LSN) of its primary, ascending in both: at that time the primary's flushed
             log ended at that LSN or before.
         confirmed_at: when the highest epoch was last known to be the one in force.
+        read_rate: the most reads per second that its replicas have answered to this process
+            lately, as of ``read_rate_at``; it halves in an hour, and stays when they are gone.
     """
 
     name: str
@@ -201,6 +280,8 @@ class ShardHealth:
     is_settled: bool = False
     history: tuple[tuple[float, int], ...] = field(default=(), repr=False)
     confirmed_at: float = NEVER
+    read_rate: float = 0.0
+    read_rate_at: float = NEVER
 
     @property
     def highest(self) -> tuple[int, int]:
@@ -313,7 +394,51 @@ def observe(health: Health, observation: Observation, now: float) -> Health:
         return _replaced(health, _after_failure(node, observation), now)
     if observation.at < node.failed_at:
         return health
-    return _replaced(health, _after_success(node, observation), now)
+    peers = [peer for peer in health.shards[node.shard].replicas if peer.node != node.node]
+    return _replaced(health, _after_success(node, observation, peers), now)
+
+
+def observed_latency(
+    health: Health, node: str, statements: int, seconds: float, now: float
+) -> Health:
+    """Return the health after some statements that a node has answered, by their time altogether.
+
+    For who keeps no monitor; the monitor hands them over with its next observation, which costs
+    nothing more. Whether the node is slow is judged at that.
+
+    Raises:
+        UnknownName: the topology has no such node.
+    """
+    known = health.of(node)
+    return _replaced(health, replace(known, latency=_latency(known, statements, seconds)), now)
+
+
+def probe_pause(
+    node: NodeHealth | None, *, interval: float, rate: float, is_used: bool = True
+) -> float:
+    """Return the seconds until a node should be asked again, before they are made random.
+
+    Each monitor that is connected to a node asks it as seldom as keeps all of them together under
+    a rate. It follows that the more there are, the older is what each of them knows.
+
+    Args:
+        interval: the shortest pause.
+        rate: probes per second that one node should answer, to all monitors together.
+        is_used: statements go there.
+    """
+    monitors = node.monitors if node is not None else 0
+    pause = max(interval, monitors / (rate * RATE_MARGIN))
+    if node is not None and node.failures == 1 and node.state is not State.DOWN:
+        return pause * RECHECK
+    return pause if is_used else pause * UNUSED_FACTOR
+
+
+def next_count(before: int, counted: int) -> int:
+    """Return after how many probes the monitors of a node should be counted again.
+
+    The next time while their number changes, as when a program is deployed.
+    """
+    return COUNT_EVERY if abs(counted - before) <= 0.1 * before else 1
 
 
 def statement_failed(health: Health, node: str, error: str, now: float) -> Health:
@@ -352,7 +477,7 @@ def _after_failure(node: NodeHealth, observation: Observation) -> NodeHealth:
     state = node.state
     if failures >= FAILURES_TO_DOWN or state is State.RECOVERING:
         state = State.DOWN
-    elif state is State.UP:
+    elif state in (State.UP, State.SLOW):
         state = State.SUSPECT
     return replace(
         node,
@@ -365,14 +490,18 @@ def _after_failure(node: NodeHealth, observation: Observation) -> NodeHealth:
     )
 
 
-def _after_success(node: NodeHealth, seen: Observation) -> NodeHealth:
+def _after_success(node: NodeHealth, seen: Observation, peers: Iterable[NodeHealth]) -> NodeHealth:
     successes = node.successes + 1
     is_back = node.state is State.RECOVERING and successes > SUCCESSES_TO_UP
     state = State.UP
     if node.state is State.DOWN or (node.state is State.RECOVERING and not is_back):
         state = State.RECOVERING
     known_rtt = node.rtt or seen.rtt
-    return replace(
+    usual = node.usual_rtt or seen.rtt
+    longer = seen.rtt - usual
+    gap = seen.at - node.seen_at
+    reads = seen.statements / gap if 0 < gap < float("inf") else 0.0
+    answered = replace(
         node,
         state=state,
         role=Role.PRIMARY if seen.is_primary else Role.REPLICA,
@@ -393,7 +522,107 @@ def _after_success(node: NodeHealth, seen: Observation) -> NodeHealth:
         accepts_writes=seen.accepts_writes,
         life=seen.life,
         seen_at=seen.at,
+        usual_rtt=usual + (longer * USUAL_ALPHA if longer > 0 else longer),
+        latency=_latency(node, seen.statements, seen.statement_seconds),
+        read_rate=node.read_rate + RTT_ALPHA * (reads - node.read_rate),
+        returned_at=seen.at if node.state is State.DOWN else node.returned_at,
+        monitors=seen.monitors or node.monitors,
     )
+    judged = _judged(answered, seen, peers)
+    share = min(1.0, max(FIRST_SHARE, (seen.at - judged.returned_at) / RETURN))
+    return judged if judged.share == share else replace(judged, share=share)
+
+
+def _latency(node: NodeHealth, statements: int, seconds: float) -> float:
+    """Return the moving average of what statements take; a few of them count for less."""
+    if statements <= 0:
+        return node.latency
+    mean = seconds / statements
+    alpha = RTT_ALPHA * min(1.0, statements / SLOW_STATEMENTS)
+    return node.latency + alpha * (mean - node.latency) if node.latency else mean
+
+
+def _judged(node: NodeHealth, seen: Observation, peers: Iterable[NodeHealth]) -> NodeHealth:
+    """Return a node that has answered with the verdict on its slowness.
+
+    Its average must be out of line, so that a single long answer sets nobody aside, and so must
+    be its newest answer, so that a single one does not count again and again through the average.
+    """
+    if node.role is not Role.REPLICA:
+        return node if node.slow_until == NEVER else replace(node, slow=0, slow_until=NEVER)
+    why = _slowness(node, seen, [peer for peer in peers if peer.state is State.UP])
+    slow = node.slow + 1 if why else 0
+    if node.state is not State.UP:
+        return node if slow == node.slow else replace(node, slow=slow)
+    if node.slow_until > seen.at:
+        return replace(node, state=State.SLOW, slow=slow)
+    if node.slow_until > NEVER and not why:
+        # Its statements are counted anew: the old ones are those for which it was set aside.
+        return replace(
+            node,
+            slow=0,
+            slow_until=NEVER,
+            slow_ended=seen.at,
+            returned_at=seen.at,
+            latency=0.0,
+        )
+    if node.slow_until > NEVER or (slow >= SLOW_PROBES and _may_be_set_aside(peers)):
+        is_repeated = seen.at - node.slow_ended <= max(60.0, 2 * node.slow_for)
+        again = is_repeated or node.slow_until > NEVER
+        time = min(SLOW_FOR_AT_MOST, 2 * node.slow_for) if again else SLOW_FOR
+        return replace(
+            node,
+            state=State.SLOW,
+            slow=slow,
+            slow_until=seen.at + time,
+            slow_for=time,
+            last_error=why,
+        )
+    return node if slow == node.slow else replace(node, slow=slow)
+
+
+def _slowness(node: NodeHealth, seen: Observation, peers: list[NodeHealth]) -> str:
+    """Say how a node is slower than the others of its shard; empty if it is not, or is alone."""
+    if not peers:
+        return ""
+    usual = node.usual_rtt
+    limit = SLOW_BY + SLOW_FACTOR * _median([max(0.0, p.rtt - p.usual_rtt) for p in peers])
+    taken = min(seen.rtt, node.rtt)
+    if taken - usual > limit and taken > SLOW_FACTOR * usual:
+        return f"a probe takes {node.rtt * 1e3:.0f} ms, {usual * 1e3:.0f} ms is usual"
+    others = [max(0.0, peer.latency - peer.usual_rtt) for peer in peers if peer.latency]
+    if seen.statements < SLOW_STATEMENTS or not others:
+        return ""
+    limit = SLOW_BY + SLOW_FACTOR * _median(others)
+    if min(seen.statement_seconds / seen.statements, node.latency) - usual > limit:
+        theirs = _median([peer.latency for peer in peers if peer.latency])
+        return f"reads take {node.latency * 1e3:.0f} ms, on others {theirs * 1e3:.0f} ms"
+    return ""
+
+
+def _may_be_set_aside(peers: Iterable[NodeHealth]) -> bool:
+    """Say if one more replica may be slow: at most half of those that answer."""
+    answering = [peer.state for peer in peers if peer.state in (State.UP, State.SLOW)]
+    return 2 * (answering.count(State.SLOW) + 1) <= len(answering) + 1
+
+
+def _let_in(shard: ShardHealth, nodes: Mapping[str, NodeHealth]) -> dict[str, NodeHealth]:
+    """Return slow replicas that are needed now, since others went down: the best first."""
+    states = [nodes[name].state for name in shard.members if nodes[name].role is Role.REPLICA]
+    too_many = states.count(State.SLOW) - (states.count(State.SLOW) + states.count(State.UP)) // 2
+    if too_many <= 0:
+        return {}
+    slow = [nodes[name] for name in shard.members if nodes[name].state is State.SLOW]
+    slow.sort(key=lambda node: node.latency + node.rtt)
+    return {
+        node.node: replace(node, state=State.UP, slow=0, slow_until=NEVER)
+        for node in slow[:too_many]
+    }
+
+
+def _median(values: list[float]) -> float:
+    """Return the median, of two in the middle the higher one."""
+    return sorted(values)[len(values) // 2]
 
 
 def _replaced(health: Health, node: NodeHealth, now: float) -> Health:
@@ -401,11 +630,14 @@ def _replaced(health: Health, node: NodeHealth, now: float) -> Health:
     # copy() of a mapping proxy is the copy of its dict, 25 times as fast as unpacking it.
     nodes = health.nodes.copy()
     nodes[node.node] = node
-    shard, changed = _elect(health.shards[node.shard], nodes)
+    shard = health.shards[node.shard]
+    if any(replica.state is State.SLOW for replica in shard.replicas):
+        nodes.update(_let_in(shard, nodes))
+    shard, changed = _elect(shard, nodes)
     nodes.update(changed)
     shard = _remember(shard, shard.primary_health)
     nodes.update(_measured(shard, nodes, now))
-    shard = _with_replicas(shard, nodes, now)
+    shard = _with_read_rate(_with_replicas(shard, nodes, now), now)
     shards = health.shards.copy()
     shards[node.shard] = shard
     return Health(health.topology, MappingProxyType(nodes), MappingProxyType(shards))
@@ -591,6 +823,16 @@ def _with_replicas(shard: ShardHealth, nodes: Mapping[str, NodeHealth], now: flo
         replicas=tuple(m for m in members if m.role is Role.REPLICA),
         confirmed_at=confirmed_at,
     )
+
+
+def _with_read_rate(shard: ShardHealth, now: float) -> ShardHealth:
+    """Return the shard with the most reads per second that its replicas have answered lately."""
+    rate = sum(node.read_rate for node in shard.replicas if node.state is State.UP)
+    if rate <= 0 and shard.read_rate <= 0:
+        return shard
+    age = max(0.0, now - shard.read_rate_at) if shard.read_rate_at > NEVER else 0.0
+    kept = shard.read_rate * 0.5 ** (age / READ_RATE_HALF_LIFE)
+    return replace(shard, read_rate=max(rate, kept), read_rate_at=now)
 
 
 def _confirmation(shard: ShardHealth, node: NodeHealth, now: float) -> float:

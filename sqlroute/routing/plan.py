@@ -27,6 +27,7 @@ class Target:
         reason: why this node.
         is_proved: it has all that the session has seen.
         life: of the node, as known when it was chosen.
+        is_fallback: a read that no replica may take.
     """
 
     shard: str
@@ -36,6 +37,7 @@ class Target:
     reason: str
     is_proved: bool = True
     life: int = 0
+    is_fallback: bool = False
 
     def __hash__(self) -> int:  # of seven fields it takes longer than all the rest of planning
         return hash((self.node, self.reason))

@@ -8,7 +8,7 @@ beside it: per session, block or statement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, TypeVar
 
 from sqlroute.errors import UnknownName
@@ -31,6 +31,22 @@ class Consistency(Enum):
     BOUNDED = "bounded"
     SESSION = "session"
     STRONG = "strong"
+
+
+class Balancing(StrEnum):
+    """How one of several eligible replicas is chosen; the weights of nodes count in all of them.
+
+    Attributes:
+        P2C: of two at random the one with fewer statements under way.
+        WEIGHTED: at random.
+        ROUND_ROBIN: in turn.
+        LEAST_CONNECTIONS: the one with the fewest statements under way.
+    """
+
+    P2C = "p2c"
+    WEIGHTED = "weighted"
+    ROUND_ROBIN = "round_robin"
+    LEAST_CONNECTIONS = "least_connections"
 
 
 class Intent(Enum):
@@ -130,10 +146,28 @@ class Policy:
             0.1 s.
         scatter_timeout: for a statement on several shards, altogether.
         primary_fallback: reads go to the primary when no replica is eligible.
+        primary_fallback_share: then at most this share of the reads that the replicas took before,
+            1 for all there are. Where a replica is only not known to have what the session has
+            seen, its reads are not counted.
+        primary_fallback_free: reads per second that a primary takes in any case, of all processes
+            that watch it together.
+        balancing: how one of several eligible replicas is chosen.
+        latency_window: only replicas are chosen that answer probes this many seconds later than
+            the nearest one, or sooner.
+        zone: where this process runs; replicas in the same zone are read from as long as they are
+            able to. Empty for no preference.
+        replicas_per_process: how many replicas of a shard a process reads from, others being for
+            other processes; 0 for all. A replica that may not be read from is replaced.
+        probe_rate: probes per second that a node should answer to the monitors of all processes.
+        connections_per_node: that all processes together should open to a node; 0 for no limit
+            beyond those of each process.
         pool_size: connections kept per node.
         max_overflow: connections beyond these under load; -1 for any number.
         pool_timeout: how long a statement may wait for a connection of the pool.
         connect_timeout: for opening one connection.
+        primary_wait: how long a new transaction waits where its shard has lost its primary, which
+            may be promoted at this moment.
+        deadline: of sessions that name none: how long each may wait in all; ``None`` for no limit.
         allow_functions: names of functions that are reads, whatever ``pg_proc`` says: ``f`` in any
             schema, or ``schema.f``.
         deny_functions: names of functions that are none; wins over ``allow_functions``.
@@ -147,9 +181,55 @@ class Policy:
     token_wait: float | None = None
     scatter_timeout: float = 30.0
     primary_fallback: bool = True
+    primary_fallback_share: float = 0.5
+    primary_fallback_free: float = 1000.0
+    balancing: Balancing = Balancing.P2C
+    latency_window: float = 0.015
+    zone: str = ""
+    replicas_per_process: int = 0
+    probe_rate: float = 100.0
+    connections_per_node: int = 0
     pool_size: int = 5
     max_overflow: int = 10
     pool_timeout: float = 30.0
     connect_timeout: float = 5.0
+    primary_wait: float = 5.0
+    deadline: float | None = None
     allow_functions: tuple[str, ...] = ()
     deny_functions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How many connections a process may have to a node.
+
+    Attributes:
+        kept: open though nobody uses them.
+        most: altogether; at least one, else nothing would work; -1 for any number.
+    """
+
+    kept: int
+    most: int
+
+
+def pool_limits(policy: Policy, monitors: int, share: float = 1.0) -> PoolLimits:
+    """Return a process's part of what may be open to a node.
+
+    All parts and the monitors' connections together are within ``connections_per_node``, if that
+    is at least two for each process.
+
+    Args:
+        monitors: how many processes watch the node, by a connection each, which counts too; 0 if
+            that is not known.
+        share: of a node that has just come back; what waited for it does not come all at once.
+    """
+    unlimited = policy.max_overflow < 0
+    own = policy.pool_size + policy.max_overflow
+    if policy.connections_per_node > 0:
+        processes = max(1, monitors)
+        part = max(0, policy.connections_per_node - processes) // processes
+        own, unlimited = part if unlimited else min(own, part), False
+    if unlimited and share >= 1:
+        return PoolLimits(policy.pool_size, -1)
+    own = policy.pool_size if unlimited else own
+    return PoolLimits(min(policy.pool_size, own), max(1, int(own * share)))

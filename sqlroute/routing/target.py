@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -20,14 +20,19 @@ from sqlroute.errors import (
     PlanError,
     ReadOnlyRefused,
 )
-from sqlroute.health import Health, Role
+from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.affinity import Affinity, ShardAffinity
 from sqlroute.routing.balancing import (
+    NOTHING,
+    Candidates,
     Required,
     candidates,
     choose,
     describe_token,
+    fallback_rate,
+    in_doubt,
     patience,
+    pool_of,
     refusal,
     unbound,
 )
@@ -63,6 +68,11 @@ class Situation:
         may_wait: say that a replica must be proved fresh, rather than fall back to the primary.
         floors: per shard, what covers all that the node of the session's last read has shown.
         histories: of the shards' timelines, as far as they were asked for.
+        process: names this process among all that read from the same nodes.
+        turns: a counter for each shard, for round robin.
+        admit: asked with the shard and the reads per second that its primary may take in place of
+            replicas; says if it may take this one. Without it there is no limit.
+        may_repeat: nodes of ``exclude`` may be tried once more when nothing else is left.
     """
 
     topology: Topology
@@ -76,6 +86,14 @@ class Situation:
     may_wait: bool = False
     floors: Mapping[str, Position] = field(default_factory=dict)
     histories: Mapping[str, History] = field(default_factory=dict)
+    process: str = ""
+    turns: Mapping[str, Iterator[int]] | None = None
+    admit: Callable[[str, float], bool] | None = None
+    may_repeat: bool = False
+
+    def renew(self, health: Health, maps: Mapping[str, ShardMap]) -> None:
+        """Take over what has become known meanwhile."""
+        self.topology, self.health, self.maps = health.topology, health, maps
 
 
 class Question(Exception):  # no error: it asks the runtime for a fact
@@ -211,12 +229,15 @@ def _for_read(
     policy, health, topology = situation.policy, situation.health, situation.topology
     sessional = consistency is Consistency.SESSION
     if tie.token is None and not tie.nodes and not situation.exclude:
-        found = unbound(shard, health, topology, policy, consistency)
-        if found.fresh:
-            chosen = choose(found.fresh, situation.loads, rng)
-            why = "a healthy replica"
+        found = unbound(shard, health, topology, policy, consistency, situation.process)
+        if found.pool is not None:
+            turns = situation.turns
+            chosen = choose(
+                found.pool, policy, situation.loads, rng, None if turns is None else turns[shard]
+            )
+            why = "a healthy replica" if chosen.state is State.UP else _SLOW
             return made(shard, chosen.node, False, within, why, sessional, chosen.life)
-        return _fallback(shard, found.reasons(), situation, within)
+        return _fallback(shard, found, situation, consistency, NOTHING, rng)
     required = Required(tie.token, tie.nodes, situation.floors.get(shard))
     if len(tie.nodes) == 1:
         ((node, life),) = tie.nodes
@@ -232,18 +253,36 @@ def _for_read(
             return made(shard, node, False, within, "the session reads from it", True, life)
     found = candidates(shard, health, topology, policy, consistency, required, situation.exclude)
     if found.fresh:
-        chosen = choose(found.fresh, situation.loads, rng)
-        why = (
-            "a healthy replica"
-            if tie.token is None or not sessional
-            else f"has replayed what {describe_token(tie.token)}"
-        )
+        chosen = _chosen(shard, found.fresh, situation, consistency, rng)
+        if chosen.state is not State.UP:
+            why = _SLOW
+        elif tie.token is None or not sessional:
+            why = "a healthy replica"
+        else:
+            why = f"has replayed what {describe_token(tie.token)}"
         return made(shard, chosen.node, False, within, why, sessional, chosen.life)
     if found.unproven and situation.may_wait:
         time = patience(found.unproven, policy)
         if time > 0:
             raise Unproven(shard, time)
-    return _fallback(shard, found.reasons(), situation, within)
+    return _fallback(shard, found, situation, consistency, required if sessional else NOTHING, rng)
+
+
+def _chosen(
+    shard: str,
+    nodes: tuple[NodeHealth, ...],
+    situation: Situation,
+    consistency: Consistency,
+    rng: Random,
+) -> NodeHealth:
+    """Choose of nodes that were sorted for one session: mostly the same as for all."""
+    of, policy, turns = situation.topology, situation.policy, situation.turns
+    health, process = situation.health, situation.process
+    known = unbound(shard, health, of, policy, consistency, process)
+    pool = known.pool
+    if pool is None or known.fresh != nodes:
+        pool = pool_of(shard, nodes, health, of, policy, process)
+    return choose(pool, policy, situation.loads, rng, None if turns is None else turns[shard])
 
 
 def _check_token(token: Position, situation: Situation) -> None:
@@ -298,16 +337,76 @@ def bind_target(shard: str, situation: Situation, rng: Random) -> Target:
     return target_of(shard, Kind.WRITE, situation, rng)
 
 
-def _fallback(shard: str, reasons: str, situation: Situation, within: bool) -> Target:
-    """Send a read to the primary when no replica may take it."""
-    no_replicas = len(situation.topology.shard(shard).nodes) == 1
-    if not no_replicas and not situation.policy.primary_fallback:
-        raise NoEligibleNode(
-            f"no replica of shard {shard} may take the read: {reasons}; "
-            "set primary_fallback = true or raise max_lag"
-        )
-    why = "the shard has no replicas" if no_replicas else f"no replica may take it: {reasons}"
-    return made(shard, _primary(shard, situation), True, within, why)
+_SLOW = "a slow replica: no other may take it"
+
+
+def _fallback(
+    shard: str,
+    found: Candidates,
+    situation: Situation,
+    consistency: Consistency,
+    required: Required,
+    rng: Random,
+) -> Target:
+    """Send a read to the primary when no replica may take it, and the primary may.
+
+    Else to a replica in doubt, if there is one that is fresh enough: better than an error.
+
+    Raises:
+        NoEligibleNode: the primary may not take it, or not more of them.
+        NoPrimary: there is none.
+    """
+    within, policy = situation.affinity.read_only, situation.policy
+    if len(situation.topology.shard(shard).nodes) == 1:
+        why = "the shard has no replicas"
+        return made(shard, _primary(shard, situation), True, within, why)
+    reasons = found.reasons()
+    if not policy.primary_fallback:
+        why = f"{reasons}; set primary_fallback = true or raise max_lag"
+        refused = f"no replica of shard {shard} may take the read: {why}"
+    elif refused := _over_share(shard, found, situation):
+        refused += reasons
+    else:
+        primary = situation.health.primary(shard)
+        if primary is not None and primary.node not in situation.exclude:
+            why = f"no replica may take it: {reasons}"
+            return made(shard, primary.node, True, within, why, is_fallback=True)
+    bounds = None if consistency is Consistency.EVENTUAL else policy
+    failed = situation.exclude if situation.may_repeat else frozenset()
+    last = in_doubt(shard, situation.health, situation.topology, bounds, required, failed)
+    if last:
+        chosen = _chosen(shard, last, situation, consistency, rng)
+        sessional = consistency is Consistency.SESSION
+        why = f"in doubt, but no other may take it: {reasons}"
+        return made(shard, chosen.node, False, within, why, sessional, chosen.life)
+    if refused:
+        raise NoEligibleNode(refused)
+    return made(shard, _primary(shard, situation), True, within, "")  # says that there is none
+
+
+def _over_share(shard: str, found: Candidates, situation: Situation) -> str:
+    """Say that the primary has taken its share of the reads of replicas; empty if it has not.
+
+    A session that has only seen more than the replicas have is no reason to spare the primary: they
+    are there, and take the reads of the others.
+    """
+    policy, health = situation.policy, situation.health
+    share = policy.primary_fallback_share
+    primary = health.primary(shard)
+    if share >= 1 or situation.admit is None or found.unproven or primary is None:
+        return ""
+    topology = situation.topology
+    if not any(n.weight > 0 for n in topology.shard(shard).nodes if n.name != primary.node):
+        return ""
+    rate = fallback_rate(shard, health, policy)
+    if situation.admit(shard, rate):
+        return ""
+    before = health.shard(shard).read_rate
+    return (
+        f"no replica of shard {shard} may take the read, and {primary.node} takes no more than "
+        f"{rate:.0f} reads/s in their place (primary_fallback_share {share:g} of {before:.0f}/s, "
+        "and its free ones); try again later, bring a replica back or raise the share: "
+    )
 
 
 def _primary(shard: str, situation: Situation) -> str:

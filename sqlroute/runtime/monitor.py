@@ -22,11 +22,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
-from sqlroute.health import Health, NodeHealth, Observation, State, observe, statement_failed
+from sqlroute.health import (
+    Health,
+    NodeHealth,
+    Observation,
+    State,
+    observe,
+    probe_pause,
+    statement_failed,
+)
 from sqlroute.runtime.probe import Probe, explain
 from sqlroute.topology import Node, Topology
 
@@ -35,9 +44,6 @@ log = logging.getLogger("sqlroute.monitor")
 JITTER = 0.2
 """Share by which the pauses between probes differ, so that many routers do not probe in step."""
 
-RECHECK = 0.1
-"""Share of the interval after which a node in doubt is asked again."""
-
 CLOSE_PATIENCE = 2.0
 """Seconds :meth:`Monitor.close` gives the thread; only a callback can take that long."""
 
@@ -45,6 +51,16 @@ OnHealth = Callable[[Health, Health], None]
 OnDown = Callable[[str], None]
 
 _monitors: WeakSet[Monitor] = WeakSet()
+
+
+class Usage(Protocol):
+    """What a monitor asks the program about its statements. From its thread: must not block."""
+
+    def is_used(self, shard: str) -> bool:
+        """Say if statements go to a shard; a new one must :meth:`Monitor.ask` first if not."""
+
+    def take_answered(self, node: str) -> tuple[int, float]:
+        """Return how many reads a node has answered since the last call, and their seconds."""
 
 
 class Monitor:
@@ -59,6 +75,10 @@ class Monitor:
             a shard's primary has changed. From the monitor's thread: it must not block.
         on_down: called with the name of a node that is down because it hangs: what waits for an
             answer from it waits in vain. From the monitor's thread.
+        rate: probes per second that one node should answer to all monitors together. Where there
+            are more than ``rate * interval`` of them, each one asks less often.
+        usage: knows what the program's statements do. The nodes of a shard that it does not use
+            are asked 20 times less often. Without it all are used.
         concurrency: probes under way at once. Nodes that are down have as many of their own, so
             that a thousand hanging servers do not delay the news of the others.
     """
@@ -78,10 +98,14 @@ class Monitor:
         deadline: float = 0.5,
         on_health: OnHealth | None = None,
         on_down: OnDown | None = None,
+        rate: float = 100.0,
+        usage: Usage | None = None,
         concurrency: int = 64,
     ) -> None:
         self.interval = interval
         self.deadline = deadline
+        self.rate = rate
+        self._usage = usage
         self.concurrency = concurrency
         self._on_health = on_health
         self._on_down = on_down
@@ -153,6 +177,17 @@ class Monitor:
             with contextlib.suppress(TimeoutError):
                 asked.result(timeout)
         return self._health
+
+    def asking(self, shard: str) -> Future[None]:
+        """Have all nodes of a shard probed now; the future is done when :meth:`ask` would return.
+
+        Shared by all who ask: wait for it, do not cancel it.
+        """
+        if self._is_closed:
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        return self._round(shard)
 
     def look(self, shard: str) -> None:
         """Have all nodes of a shard probed now, without waiting for it."""
@@ -405,11 +440,14 @@ class _Watcher:
             watched.wake.clear()
 
     def _pause(self, watched: _Watched) -> float:
-        interval = self._monitor.interval
-        known = self._health_of(watched)
-        if known is not None and known.failures == 1 and known.state is not State.DOWN:
-            return interval * RECHECK
-        return interval * self._random.uniform(1 - JITTER, 1 + JITTER)
+        usage = self._monitor._usage
+        pause = probe_pause(
+            self._health_of(watched),
+            interval=self._monitor.interval,
+            rate=self._monitor.rate,
+            is_used=usage is None or usage.is_used(watched.shard),
+        )
+        return pause * self._random.uniform(1 - JITTER, 1 + JITTER)
 
     async def _observe(self, watched: _Watched) -> Observation:
         """Probe a node, or join the probe that is under way."""
@@ -422,6 +460,10 @@ class _Watcher:
             observation = await watched.probe.observe(self._monitor.deadline)
         finally:
             watched.asking = None
+        usage = self._monitor._usage
+        if usage is not None and observation.error is None:
+            statements, seconds = usage.take_answered(observation.node)
+            observation = replace(observation, statements=statements, statement_seconds=seconds)
         self._monitor._observed(observation)
         return observation
 

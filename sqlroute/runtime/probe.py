@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlroute.health import Observation
+from sqlroute.health import Observation, next_count
 from sqlroute.topology import Node
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ SELECT here.standby,
        (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = 'sqlroute' AND c.relname = 'keyspace'
         AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')),
-       {epoch}
+       {epoch},
+       {monitors}
 FROM here
 """
 
@@ -79,6 +80,10 @@ _CONTROL_TIMELINE = (
     " FROM pg_control_recovery() r, pg_control_checkpoint() c)"
 )
 _EPOCH = "(SELECT k.epoch FROM sqlroute.keyspace k WHERE k.name = %s)"
+
+_MONITORS = (
+    "(SELECT count(*)::int FROM pg_stat_activity WHERE application_name = 'sqlroute monitor')"
+)
 
 # Set by whoever wrote the configuration for the application's connections. A monitor asks each
 # server of each role, one at a time, whatever it is.
@@ -118,6 +123,8 @@ class Probe:
         self._life = 0
         self._catalog: int | None = None
         self._unreadable_catalog: int | None = None
+        self._monitors = 0
+        self._until_count = 0
 
     def __repr__(self) -> str:
         return f"Probe({self.node.name}, {'connected' if self._connection else 'not connected'})"
@@ -190,16 +197,21 @@ class Probe:
         asked = time.monotonic()
         row = await self._query(connection, facts)
         rtt = time.monotonic() - asked
-        standby, walfile, replica_timeline, lsn, received, age, writable, catalog, epoch = row
+        standby, walfile, timeline, lsn, received, age, writable, catalog, epoch, monitors = row
+        if monitors is None:
+            self._until_count -= 1
+        else:
+            self._until_count = next_count(self._monitors, monitors) - 1
+            self._monitors = monitors
         if catalog != self._catalog:
             self._catalog = catalog
             if catalog is not None and epoch is None and catalog != self._unreadable_catalog:
-                epoch = (await self._query(connection, facts))[-1]
+                epoch = (await self._query(connection, facts))[-2]
         return Observation(
             node=self.node.name,
             at=sent,
             is_primary=not standby,
-            timeline=int(walfile, 16) if walfile else replica_timeline or 0,
+            timeline=int(walfile, 16) if walfile else timeline or 0,
             system_identifier=facts.system_identifier,
             lsn=lsn or 0,
             received_lsn=received,
@@ -210,6 +222,7 @@ class Probe:
             orders_by_code_point=facts.orders_by_code_point,
             accepts_writes=not standby and writable,
             life=self._life,
+            monitors=monitors or 0,
         )
 
     async def _query(self, connection: AsyncConnection[Any], facts: _Facts) -> tuple[Any, ...]:
@@ -221,18 +234,22 @@ class Probe:
         """
         from psycopg import ProgrammingError, errors
 
+        counts = self._until_count <= 0
         if self._catalog is not None and self._catalog != self._unreadable_catalog:
             try:
                 return await _row(
                     connection,
-                    _statement(facts.may_read_control_file, has_catalog=True),
+                    _statement(facts.may_read_control_file, has_catalog=True, counts=counts),
                     (self._keyspace,),
                 )
             except errors.LockNotAvailable:
                 pass
             except ProgrammingError:  # no such table, column or right: the classes 42 and 3F
                 self._unreadable_catalog = self._catalog
-        return await _row(connection, _statement(facts.may_read_control_file, has_catalog=False))
+        return await _row(
+            connection,
+            _statement(facts.may_read_control_file, has_catalog=False, counts=counts),
+        )
 
     def _is_broken(self) -> bool:
         return self._connection is not None and self._connection.closed
@@ -252,7 +269,11 @@ class Probe:
         self._facts = _Facts(version, by_code_point, identifier, may_read_control_file)
         # The first run of a statement on a connection is planned and fills the server's caches: it
         # takes 20 times as long and would spoil the round-trip time.
-        await _row(connection, _statement(may_read_control_file, has_catalog=False))
+        self._until_count = 0
+        for counts in (False, True):
+            await _row(
+                connection, _statement(may_read_control_file, has_catalog=False, counts=counts)
+            )
         return connection, self._facts
 
     def _watch(self) -> None:
@@ -294,10 +315,11 @@ def _parameters(node: Node) -> Mapping[str, Any]:
 
 
 @cache
-def _statement(may_read_control_file: bool, *, has_catalog: bool) -> str:
+def _statement(may_read_control_file: bool, *, has_catalog: bool, counts: bool) -> str:
     return _PROBE.format(
         control_timeline=_CONTROL_TIMELINE if may_read_control_file else "0",
         epoch=_EPOCH if has_catalog else "NULL::bigint",
+        monitors=_MONITORS if counts else "NULL::int",
     )
 
 

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import pytest
-from planning import health, topology
+from planning import CASES, health, topology
 
+from sqlroute import errors
+from sqlroute.config import load
+from sqlroute.errors import ConfigError, NoEligibleNode
+from sqlroute.health import Health, NodeHealth, Role, ShardHealth, State
+from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import (
+    Allowance,
     Candidates,
+    Group,
+    Pool,
     Required,
+    admit,
     candidates,
     choose,
     describe_token,
+    fallback_rate,
     floor_of,
     has_replayed,
     patience,
+    replica_subset,
 )
-from sqlroute.routing.policy import Consistency, Policy
-from sqlroute.routing.token import Position
+from sqlroute.routing.policy import Balancing, Consistency, Policy, PoolLimits, pool_limits
+from sqlroute.routing.statement import Kind
+from sqlroute.routing.target import Situation, target_of
+from sqlroute.routing.token import Position, parse_lsn
 from sqlroute.topology import Keyspace, Node, Shard, Topology
 
 OF = topology(main="abcd")
@@ -157,10 +176,12 @@ class TestChoose:
 
     def chosen(self, loads: dict[str, int], seed: int = 1) -> str:
         counted = {node: range(load) for node, load in loads.items()}
-        return choose(self.fresh, counted, Random(seed)).node
+        return choose(Pool(Group(self.fresh)), SESSION, counted, Random(seed)).node
 
     def test_only_one_is_taken(self) -> None:
-        assert choose(self.fresh[:1], {"main-b": range(99)}, Random(1)).node == "main-b"
+        only = Pool(Group(self.fresh[:1]))
+
+        assert choose(only, SESSION, {"main-b": range(99)}, Random(1)).node == "main-b"
 
     def test_equal_loads_share_evenly(self) -> None:
         nodes = [self.chosen({}, seed) for seed in range(600)]
@@ -174,10 +195,9 @@ class TestChoose:
         assert nodes == {"main-b", "main-d"}
 
     def test_less_loaded_of_two_is_taken(self) -> None:
-        nodes = {
-            choose(self.fresh[:2], {"main-b": range(2), "main-c": range(1)}, Random(seed)).node
-            for seed in range(50)
-        }
+        two, loads = Pool(Group(self.fresh[:2])), {"main-b": range(2), "main-c": range(1)}
+
+        nodes = {choose(two, SESSION, loads, Random(seed)).node for seed in range(50)}
 
         assert nodes == {"main-c"}
 
@@ -288,3 +308,281 @@ def test_replay_is_compared_within_a_timeline() -> None:
     assert has_replayed(node, Position("main", 1, 1, node.lsn))
     assert not has_replayed(node, Position("main", 1, 1, node.lsn + 1))
     assert not has_replayed(node, Position("main", 1, 2, 0))
+
+
+KNOWN = {
+    "name", "policy", "nodes", "primary", "exclude", "may_repeat", "admit", "seen", "draws",
+    "tolerance", "expected", "refused",
+}  # fmt: skip
+
+
+def cases() -> Iterator[Any]:
+    for path in sorted((CASES / "choosing").glob("*.toml")):
+        for case in tomllib.loads(path.read_text())["case"]:
+            yield pytest.param(case, id=f"{path.stem}: {case['name']}")
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_case(case: dict[str, Any]) -> None:
+    """Over many seeded draws each node is chosen as often as its case says, within a tolerance."""
+    assert set(case) <= KNOWN, f"unknown: {set(case) - KNOWN}"
+    around, rng = _situation(case), Random(1)
+    if "refused" in case:
+        with pytest.raises(getattr(errors, case["refused"])):
+            target_of("s", Kind.READ, around, rng)
+        return
+    draws, tolerance = case.get("draws", 4000), case.get("tolerance", 0.03)
+
+    found = Counter(target_of("s", Kind.READ, around, rng).node for _ in range(draws))
+
+    assert set(found) == set(case["expected"])
+    for node, share in case["expected"].items():
+        assert found[node] / draws == pytest.approx(share, abs=tolerance + 1e-5)
+
+
+def _situation(case: dict[str, Any]) -> Situation:
+    rules = dict(case.get("policy", {}))
+    if "balancing" in rules:
+        rules["balancing"] = Balancing(rules["balancing"])
+    nodes, known = [Node("a")], [_known("a", Role.PRIMARY, {"state": case.get("primary", "up")})]
+    for name, facts in case["nodes"].items():
+        nodes.append(Node(name, zone=facts.get("zone", ""), weight=facts.get("weight", 1.0)))
+        known.append(_known(name, Role.REPLICA, facts))
+    of = Topology((Keyspace("shop", (Shard("s", tuple(nodes)),)),))
+    affinity = Affinity()
+    if "seen" in case:
+        affinity = affinity.seen(Position("s", 1, 1, parse_lsn(case["seen"])))
+    return Situation(
+        of,
+        Policy(**rules),
+        _health(of, known),
+        {},
+        affinity,
+        {name: range(facts.get("load", 0)) for name, facts in case["nodes"].items()},
+        exclude=frozenset(case.get("exclude", ())),
+        turns={"s": itertools.count()},
+        admit=(lambda shard, rate: case["admit"]) if "admit" in case else None,
+        may_repeat=case.get("may_repeat", False),
+    )
+
+
+def _known(name: str, role: Role, facts: dict[str, Any]) -> NodeHealth:
+    return NodeHealth(
+        name,
+        "s",
+        State(facts.get("state", "up")),
+        role,
+        timeline=1,
+        lsn=0x1000,
+        lag_seconds=facts.get("lag", 0.0),
+        rtt=facts.get("rtt", 1.0) / 1000,
+        share=facts.get("share", 1.0),
+    )
+
+
+def _health(of: Topology, known: list[NodeHealth], **facts: Any) -> Health:
+    primary, *replicas = known
+    there = primary if primary.state is State.UP else None
+    shard = ShardHealth(
+        "s",
+        tuple(node.node for node in known),
+        primary=there and there.node,
+        primary_health=there,
+        replicas=tuple(replicas),
+        highest_timeline=1,
+        **facts,
+    )
+    nodes = {node.node: node for node in known}
+    return Health(of, MappingProxyType(nodes), MappingProxyType({"s": shard}))
+
+
+def test_refusal_beyond_the_share_names_it_and_each_node() -> None:
+    case = {"admit": False, "nodes": {"b": {"state": "down"}, "c": {"lag": 9.0}}}
+
+    with pytest.raises(NoEligibleNode) as caught:
+        target_of("s", Kind.READ, _situation(case), Random(1))
+
+    for words in ("no more than 1000 reads/s", "primary_fallback_share 0.5", "b is down", "c is 9"):
+        assert words in str(caught.value)
+
+
+def test_round_robin_is_in_order() -> None:
+    case = {"policy": {"balancing": "round_robin"}, "nodes": {"b": {}, "c": {}, "d": {}}}
+    around = _situation(case)
+
+    nodes = [target_of("s", Kind.READ, around, Random(1)).node for _ in range(6)]
+
+    assert nodes == ["b", "c", "d", "b", "c", "d"]
+
+
+def test_round_robin_interleaves_weights() -> None:
+    """No node is asked for long runs: of weights 2 and 1 at most four times in a row, and once."""
+    nodes = {"b": {"weight": 2}, "c": {"weight": 1}}
+    around = _situation({"policy": {"balancing": "round_robin"}, "nodes": nodes})
+
+    found = "".join(target_of("s", Kind.READ, around, Random(1)).node for _ in range(300))
+
+    assert "bbbbb" not in found
+    assert "cc" not in found
+
+
+class TestSubset:
+    """Each process reads from a few replicas of a shard."""
+
+    nodes = tuple(NodeHealth(f"n{i}", "s") for i in range(10))
+
+    def of(self, process: int, nodes: tuple[NodeHealth, ...] | None = None) -> set[str]:
+        chosen = replica_subset(f"host-{process}", nodes or self.nodes, 3)
+        assert len(chosen) == 3
+        return {node.node for node in chosen}
+
+    def test_is_the_same_each_time(self) -> None:
+        assert self.of(7) == self.of(7, tuple(reversed(self.nodes)))
+
+    def test_processes_are_spread_evenly(self) -> None:
+        found = Counter(name for process in range(1000) for name in self.of(process))
+
+        assert min(found.values()) > 250
+        assert max(found.values()) < 350
+
+    def test_only_who_used_a_node_that_left_moves(self) -> None:
+        left = self.nodes[1:]
+        for process in range(200):
+            before, after = self.of(process), self.of(process, left)
+
+            assert len(before - after) == ("n0" in before)
+
+    def test_all_is_the_default(self) -> None:
+        assert replica_subset("host-1", self.nodes, 0) == self.nodes
+        assert replica_subset("", self.nodes, 3) == self.nodes
+
+    def test_narrows_the_choice_of_a_process(self) -> None:
+        nodes: dict[str, Any] = {name: {} for name in "bcde"}
+        around = _situation({"policy": {"replicas_per_process": 2}, "nodes": nodes})
+        around.process = "host-1"
+
+        found = {target_of("s", Kind.READ, around, Random(seed)).node for seed in range(50)}
+
+        assert len(found) == 2
+
+
+class TestAdmit:
+    """The primary takes so many reads per second in place of the replicas."""
+
+    def taken(self, rate: float, asked: float, seconds: float = 10.0) -> int:
+        state, taken = None, 0
+        for number in range(round(asked * seconds)):
+            state, found = admit(state, number / asked, rate)
+            taken += found
+        return taken
+
+    @pytest.mark.parametrize("rate", [0.5, 10.0, 1000.0])
+    def test_no_more_than_the_rate(self, rate: float) -> None:
+        assert rate * 10 * 0.95 <= self.taken(rate, 5 * rate + 10) <= rate * 10 * 1.05 + 1
+
+    def test_all_below_the_rate(self) -> None:
+        assert self.taken(100.0, 90.0) == 900
+
+    def test_nothing_without_a_rate_but_the_first(self) -> None:
+        assert self.taken(0.0, 100.0) == 1
+
+    def test_what_was_not_used_is_not_kept_for_long(self) -> None:
+        """An hour of rest is no leave for an hour's reads at once."""
+        state, taken = Allowance(0.0, 0.0), 0
+        for _ in range(1000):
+            state, found = admit(state, 3600.0, 100.0)
+            taken += found
+
+        assert taken == 25
+
+    def test_a_clock_that_stands_still_gives_nothing(self) -> None:
+        state, _ = admit(None, 5.0, 1.0)
+
+        assert not admit(state, 5.0, 1.0)[1]
+        assert not admit(state, 4.0, 1.0)[1]
+
+
+def test_fallback_rate_is_a_share_of_the_former_reads_and_a_part_of_the_free_ones() -> None:
+    of = Topology((Keyspace("shop", (Shard("s", (Node("a"), Node("b"))),)),))
+    primary = replace(_known("a", Role.PRIMARY, {}), monitors=10)
+    known = _health(of, [primary, _known("b", Role.REPLICA, {"state": "down"})], read_rate=400.0)
+
+    assert fallback_rate("s", known, Policy()) == pytest.approx(0.5 * 400 + 1000 / 10)
+
+
+class TestPoolLimits:
+    policy = Policy(pool_size=5, max_overflow=10, connections_per_node=200)
+
+    def test_without_a_budget_they_are_those_of_the_process(self) -> None:
+        assert pool_limits(Policy(pool_size=5, max_overflow=10), 400) == PoolLimits(5, 15)
+        assert pool_limits(Policy(pool_size=5, max_overflow=-1), 400) == PoolLimits(5, -1)
+
+    @pytest.mark.parametrize("max_overflow", [-1, 0, 10, 1000])
+    @pytest.mark.parametrize("processes", range(1, 101))
+    def test_all_processes_are_within_the_budget(self, processes: int, max_overflow: int) -> None:
+        """Their monitors included, and each may have one connection at least."""
+        found = pool_limits(replace(self.policy, max_overflow=max_overflow), processes)
+
+        assert processes + processes * found.most <= 200
+        assert found.most >= 1
+        assert found.kept <= found.most
+
+    def test_budget_too_small_keeps_nothing_open(self) -> None:
+        assert pool_limits(self.policy, 150) == PoolLimits(0, 1)
+
+    def test_node_that_comes_back_gets_its_connections_gradually(self) -> None:
+        limits = [pool_limits(Policy(), 1, share).most for share in (0.1, 0.5, 1.0)]
+
+        assert limits == [1, 7, 15]
+
+
+class TestConfig:
+    """The options of choosing can be written in a file, and what nobody knows is a fault."""
+
+    def policy(self, **options: Any) -> Policy:
+        shards = [{"name": "s0", "nodes": ["postgresql://db/shop"]}]
+        written = {"policy": options, "keyspaces": {"shop": {"shards": shards}}}
+        return load(written, environ={}).policy
+
+    def test_options_are_read(self) -> None:
+        found = self.policy(
+            balancing="round_robin",
+            latency_window="20ms",
+            zone="b",
+            primary_fallback_share="0.25",
+            primary_fallback_free=50,
+            replicas_per_process=2,
+            probe_rate=20,
+            connections_per_node=500,
+        )
+
+        assert found == Policy(
+            balancing=Balancing.ROUND_ROBIN,
+            latency_window=0.02,
+            zone="b",
+            primary_fallback_share=0.25,
+            primary_fallback_free=50.0,
+            replicas_per_process=2,
+            probe_rate=20.0,
+            connections_per_node=500,
+        )
+
+    @pytest.mark.parametrize(
+        ("option", "value", "text"),
+        [
+            ("balancing", "fastest", "must be one of 'p2c', 'weighted', 'round_robin'"),
+            ("primary_fallback_share", 1.5, "must be a share, 0 to 1"),
+            ("primary_fallback_share", "half", "must be a number, 0 or more"),
+            ("primary_fallback_share", True, "must be a number, 0 or more"),
+            ("primary_fallback_free", -1, "must be a number, 0 or more"),
+            ("probe_rate", 0, "must be more than 0"),
+            ("connections_per_node", -1, "must be at least 0"),
+            ("replicas_per_process", 1.5, "must be a whole number"),
+        ],
+    )
+    def test_faults(self, option: str, value: object, text: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            self.policy(**{option: value})
+
+        assert text in caught.value.faults[0]
+        assert caught.value.faults[0].startswith(f"policy.{option}: ")

@@ -38,6 +38,7 @@ pool_size = 7
 max_overflow = -1
 pool_timeout = "1h"
 connect_timeout = 3
+primary_wait = "1.5s"
 
 [keyspaces.shop]
 buckets = 16
@@ -106,6 +107,7 @@ def test_a_file_gives_a_topology_and_a_policy(tmp_path: Path) -> None:
         max_overflow=-1,
         pool_timeout=3600.0,
         connect_timeout=3.0,
+        primary_wait=1.5,
     )
     shop_, accounts = settings.topology.keyspaces
     assert (shop_.name, shop_.buckets, shop_.shard_names) == ("shop", 16, ("s0", "s1"))
@@ -347,7 +349,7 @@ def test_all_faults_are_reported_at_once() -> None:
         ("deny_functions", ["a.b.c"], "'a.b.c' is no name of a function"),
         ("deny_functions", 1, "must be a list"),
         ("max_lagg", 1, "unknown setting; did you mean max_lag?"),
-        ("colour", 1, "unknown setting; known: allow_functions, connect_timeout, "),
+        ("colour", 1, "unknown setting; known: allow_functions, balancing, "),
     ],
 )
 def test_a_fault_of_the_policy(name: str, value: object, text: str) -> None:

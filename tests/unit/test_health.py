@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planning import CASES
 
 from sqlroute.errors import UnknownName
 from sqlroute.health import (
+    COUNT_EVERY,
     HISTORY_LENGTH,
+    READ_RATE_HALF_LIFE,
+    RECHECK,
+    UNUSED_FACTOR,
     Health,
     Observation,
     Role,
     State,
     forget,
+    next_count,
     observe,
+    observed_latency,
+    probe_pause,
     statement_failed,
 )
 from sqlroute.topology import Keyspace, Node, Shard, Topology
@@ -590,3 +600,173 @@ class TestValues:
         """Roles and states print as words in logs."""
         assert healthy.of("a").role is Role.PRIMARY
         assert (Role.REPLICA.value, State.RECOVERING.value) == ("replica", "recovering")
+
+
+def cases() -> Iterator[Any]:
+    for path in sorted((CASES / "health").glob("*.toml")):
+        for case in tomllib.loads(path.read_text())["case"]:
+            yield pytest.param(case, id=f"{path.stem}: {case['name']}")
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_case(case: dict[str, Any]) -> None:
+    """After each step of a case the nodes are in the states that it names."""
+    names = sorted({name for step in case["steps"] for name in step["probes"]})
+    health, at = Health.initial(topology(s0="".join(names))), 10.0
+    for number, step in enumerate(case["steps"]):
+        assert set(step) <= {"probes", "reads", "times", "states", "share", "slow"}
+        for _ in range(step.get("times", 1)):
+            health, at = _stepped(health, step, at), at + 0.5
+
+        states = {node: health.of(node).state.value for node in step.get("states", {})}
+        assert states == step.get("states", {}), f"step {number}"
+        for node, share in step.get("share", {}).items():
+            assert health.of(node).share == pytest.approx(share), f"step {number}"
+        slow = [node for node in health.nodes.values() if node.state is State.SLOW]
+        assert len(slow) == step.get("slow", len(slow)), f"step {number}"
+
+
+def _stepped(health: Health, step: dict[str, Any], at: float) -> Health:
+    for node, found in step["probes"].items():
+        reads, time = step.get("reads", {}).get(node, (0, 0))
+        answered = {"statements": reads, "statement_seconds": reads * time / 1000}
+        if found == "gone":
+            health = statement_failed(health, node, "connection reset", at)
+        elif isinstance(found, str):
+            failure = Observation.failed(node, at, found, hung=found == "hung")
+            health = observe(health, failure, at)
+        else:
+            kind = primary if node == "a" else seen
+            health = observe(health, kind(node, at, rtt=found / 1000, **answered), at)
+    return health
+
+
+class TestSlow:
+    def slow(self, healthy: Health) -> Health:
+        """c answers in 400 ms since time 11."""
+        for number in range(4):
+            healthy = after(healthy, seen("b", 11 + number), seen("c", 11 + number, rtt=0.4))
+        return healthy
+
+    def test_slow_node_says_why(self, healthy: Health) -> None:
+        health = self.slow(healthy)
+
+        assert not health.of("c").is_readable
+        assert health.of("c").last_error == "a probe takes 196 ms, 3 ms is usual"
+
+    def test_time_away_has_an_end(self, healthy: Health) -> None:
+        """However long it is slow, it is looked at again within minutes."""
+        for number in range(2000):
+            at = 11 + number
+            healthy = after(healthy, seen("b", at), seen("c", at, rtt=0.4))
+        node = healthy.of("c")
+
+        assert node.slow_for <= 300
+        assert node.slow_until - node.seen_at <= 300
+
+    def test_promoted_node_is_not_slow(self, healthy: Health) -> None:
+        """There is no other to write to."""
+        health = after(self.slow(healthy), primary("c", 15, timeline=2))
+
+        assert state(health, "c") is State.UP
+        assert health.primary("s0") == health.of("c")
+
+    def test_reads_are_measured_anew_after_the_return(self, healthy: Health) -> None:
+        """They would make the others look fast, and those for which it went are long ago."""
+        health = self.slow(observed_latency(healthy, "c", 50, 20.0, 11))
+        for at in range(15, 30):
+            health = after(health, seen("b", at), seen("c", at))
+
+        assert state(health, "c") is State.UP
+        assert health.of("c").latency == 0.0
+
+    def test_latency_is_a_moving_average_of_batches(self, healthy: Health) -> None:
+        health = observed_latency(healthy, "b", 10, 0.1, 11)
+        health = observed_latency(health, "b", 10, 0.2, 12)
+
+        assert health.of("b").latency == pytest.approx(0.8 * 0.01 + 0.2 * 0.02)
+
+    def test_few_statements_count_for_less(self, healthy: Health) -> None:
+        health = observed_latency(healthy, "b", 10, 0.1, 11)
+        health = observed_latency(health, "b", 1, 1.01, 12)
+
+        assert health.of("b").latency == pytest.approx(0.01 + 0.04 * 1.0)
+
+    def test_no_statements_say_nothing(self, healthy: Health) -> None:
+        health = observed_latency(healthy, "b", 0, 0.0, 11)
+
+        assert health.of("b").latency == 0.0
+
+
+class TestReadRate:
+    def read(self, health: Health, begin: int, end: int, **reads: int) -> Health:
+        for at in range(begin, end):
+            for node, count in reads.items():
+                seen_now = seen(node, at, statements=count, statement_seconds=0.01)
+                health = observe(health, seen_now, at)
+        return health
+
+    def test_is_that_of_all_replicas(self, healthy: Health) -> None:
+        health = self.read(healthy, 11, 50, b=100, c=300)
+
+        assert health.shard("s0").read_rate == pytest.approx(400, rel=0.01)
+
+    def test_stays_when_replicas_die(self, healthy: Health) -> None:
+        """What the primary may take of them is told by it."""
+        health = self.read(healthy, 11, 50, b=100, c=300)
+        health = after(health, failed("b", 50), failed("b", 51), failed("c", 52), failed("c", 53))
+
+        assert health.shard("s0").read_rate == pytest.approx(400, rel=0.01)
+
+    def test_counts_nobodys_reads_twice(self, healthy: Health) -> None:
+        """One replica takes what another one took."""
+        health = self.read(healthy, 11, 50, b=200, c=200)
+        health = after(health, failed("b", 50), failed("b", 51))
+        health = self.read(health, 51, 100, c=400)
+
+        assert health.shard("s0").read_rate == pytest.approx(400, rel=0.01)
+
+    def test_is_forgotten_slowly(self, healthy: Health) -> None:
+        health = self.read(healthy, 11, 50, b=100, c=300)
+        health = self.read(health, 50, 49 + int(READ_RATE_HALF_LIFE), b=0, c=0)
+
+        assert health.shard("s0").read_rate == pytest.approx(200, rel=0.01)
+
+
+class TestProbePause:
+    def pause(self, node: Any, **options: Any) -> float:
+        return probe_pause(node, **{"interval": 0.5, "rate": 100.0, **options})
+
+    def watched(self, healthy: Health, monitors: int) -> Health:
+        return after(healthy, seen("b", 11, monitors=monitors))
+
+    def test_is_the_interval_for_few_monitors(self, healthy: Health) -> None:
+        assert self.pause(None) == 0.5
+        assert self.pause(healthy.of("b")) == 0.5
+        assert self.pause(self.watched(healthy, 40).of("b")) == 0.5
+
+    @pytest.mark.parametrize("monitors", [50, 100, 500, 5000])
+    def test_all_together_are_under_the_rate(self, healthy: Health, monitors: int) -> None:
+        pause = self.pause(self.watched(healthy, monitors).of("b"))
+
+        assert monitors / pause == pytest.approx(80.0)
+
+    def test_number_of_monitors_is_remembered(self, healthy: Health) -> None:
+        """Not every probe counts them, and a node that fails counts nothing."""
+        health = after(self.watched(healthy, 500), seen("b", 12), failed("b", 13), failed("b", 14))
+
+        assert self.pause(health.of("b")) == pytest.approx(6.25)
+
+    def test_node_in_doubt_is_asked_again_soon(self, healthy: Health) -> None:
+        health = after(healthy, failed("b", 11))
+
+        assert self.pause(health.of("b")) == 0.5 * RECHECK
+
+    def test_nodes_of_unused_shards_are_asked_seldom(self, healthy: Health) -> None:
+        assert self.pause(healthy.of("b"), is_used=False) == 0.5 * UNUSED_FACTOR
+
+    def test_monitors_are_counted_now_and_then(self) -> None:
+        assert next_count(100, 105) == COUNT_EVERY
+
+    def test_monitors_are_counted_while_they_come_and_go(self) -> None:
+        assert next_count(0, 1) == next_count(100, 150) == next_count(100, 20) == 1
