@@ -43,6 +43,7 @@ bench: $(VENV)/.installed
 chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos token_reads
 	$(BIN)/python -m tests.chaos own_writes
+	$(BIN)/python -m tests.chaos requests
 
 # docs/comparison.md, by running; in an environment of its own, with the peer that is compared
 COMPARISON := build/comparison

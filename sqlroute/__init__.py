@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NoEligibleNode,
         NoPrimary,
         PlanError,
+        PoolExhausted,
         ReadOnlyRefused,
         SettingRefused,
         SQLRouteError,
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
         StaleShardMap,
         TokenError,
         TopologyError,
+        UnknownCommit,
         UnknownName,
         UnownedBucket,
     )
+    from sqlroute.retry import is_retryable
     from sqlroute.router import Router
     from sqlroute.routing.declare import reference_table, sharded_by
     from sqlroute.routing.plan import Plan
@@ -60,6 +63,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Policy",
+    "PoolExhausted",
     "ReadOnlyRefused",
     "Router",
     "RoutingAsyncSession",
@@ -75,8 +79,10 @@ __all__ = [
     "TokenError",
     "Topology",
     "TopologyError",
+    "UnknownCommit",
     "UnknownName",
     "UnownedBucket",
+    "is_retryable",
     "reference_table",
     "sharded_by",
 ]
@@ -99,6 +105,7 @@ _MODULES = {
     "Node": "sqlroute.topology",
     "Plan": "sqlroute.routing.plan",
     "PlanError": "sqlroute.errors",
+    "PoolExhausted": "sqlroute.errors",
     "Policy": "sqlroute.routing.policy",
     "ReadOnlyRefused": "sqlroute.errors",
     "Router": "sqlroute.router",
@@ -115,8 +122,10 @@ _MODULES = {
     "Topology": "sqlroute.topology",
     "TopologyError": "sqlroute.errors",
     "TokenError": "sqlroute.errors",
+    "UnknownCommit": "sqlroute.errors",
     "UnknownName": "sqlroute.errors",
     "UnownedBucket": "sqlroute.errors",
+    "is_retryable": "sqlroute.retry",
     "reference_table": "sqlroute.routing.declare",
     "sharded_by": "sqlroute.routing.declare",
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sqlroute.errors import ForeignToken
 from sqlroute.routing.policy import Consistency, Demand, Intent, consistency_named, intent_named
 from sqlroute.routing.token import Token
+from sqlroute.runtime.limits import Limit
 
 if TYPE_CHECKING:
     from sqlroute.router import Router
@@ -29,10 +30,12 @@ class Asking:
     _routes: Engines
     _affinity: Affinity
     _settings: Settings
+    _transaction: Any
     _demand: Demand
     _base: Demand
     _blocks: tuple[dict[str, Any], ...] = ()
     _written: Token = Token()
+    _limit: Limit | None = None
 
     def _ask(
         self,
@@ -118,6 +121,34 @@ class Asking:
         """Return what is asked for: of the session, its transaction and the blocks it is in."""
         changes = {name: value for block in self._blocks for name, value in block.items()}
         return replace(self._base, **changes) if changes else self._base
+
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Wait for nothing in a ``with`` block beyond so many seconds from now.
+
+        Neither for a connection, nor for a primary, nor for a server's answer: a connection whose
+        server does not answer in time is cut, and the transaction there is over. A session made
+        with ``deadline=`` has one from its making on; a block can only shorten it.
+
+        Raises:
+            UnknownName: not a number of seconds above 0.
+            DeadlineExceeded: from the statement that would take longer. What it did before may
+                have been done; of a COMMIT nobody knows.
+        """
+        before = self._limit
+        self._limited_by(Limit.after(seconds, before))
+        try:
+            yield
+        finally:
+            self._limited_by(before)
+
+    def _limited_by(self, limit: Limit | None) -> None:
+        """Give a limit to the session, and to the connections of its transaction."""
+        self._limit = limit
+        transaction: Any = self._transaction
+        for connection, *_ in transaction._connections.values() if transaction else ():
+            if not connection.closed and not connection.invalidated:
+                connection.connection.driver_connection.sqlroute_limit = limit
 
     def settings(self, **settings: Any) -> AbstractContextManager[None]:
         """Give run-time parameters to every connection that the session takes from now on.

@@ -21,11 +21,13 @@
          ├─ TopologyError
          │   ├─ NoEligibleNode          no node may take the statement; says which and why
          │   ├─ NoPrimary               no node of the shard is a primary now (retryable)
+         │   ├─ PoolExhausted           all connections to a node are in use; says who has them
          │   └─ ShardMapUnavailable     no shard map, or its lease could not be confirmed
          ├─ StaleShardMap               the database refused a row: its bucket moved (retryable)
          ├─ StaleObjectRead             a replica's object whose row is another now (retryable)
          ├─ DeadlineExceeded            a scatter outlived its deadline; names the shards
          ├─ InDoubtCommit               a two-phase commit whose second phase is unfinished
+         ├─ UnknownCommit               the answer to COMMIT was lost, its outcome stays unknown
          ├─ LocalTopologyError          the local topology cannot be started, or is not there
          └─ CatalogError                the sqlroute schema is missing or too old
 
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError, TimeoutError
 from sqlalchemy.orm.exc import StaleDataError
 
 
@@ -167,6 +169,15 @@ class NoPrimary(TopologyError):
         super().__init__(message)
 
 
+class PoolExhausted(TopologyError, TimeoutError):
+    """All connections to a node are in use, and none came back in time; names who holds them.
+
+    Also a ``sqlalchemy.exc.TimeoutError``, as of SQLAlchemy's own pools.
+    """
+
+    retryable = True
+
+
 class ShardMapUnavailable(TopologyError):
     """There is no shard map, or its lease ran out and no shard confirmed it."""
 
@@ -216,7 +227,45 @@ class InDoubtCommit(SQLRouteError):
     """A commit over several shards whose second phase could not be finished.
 
     The decision is recorded; ``sqlroute.catalog.recover`` finishes it.
+
+    Attributes:
+        shard: the one whose ``sqlroute.commit_record`` holds the decision.
+        transaction: its name there.
+        shards: all that it wrote on.
+        unfinished: those on which it is still prepared.
+        is_committed: ``None`` where the decision is not known here.
     """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        shard: str = "",
+        transaction: str = "",
+        shards: tuple[str, ...] = (),
+        unfinished: tuple[str, ...] = (),
+        is_committed: bool | None = None,
+    ) -> None:
+        self.shard = shard
+        self.transaction = transaction
+        self.shards = shards
+        self.unfinished = unfinished
+        self.is_committed = is_committed
+        super().__init__(message)
+
+
+class UnknownCommit(SQLRouteError):
+    """The answer to a COMMIT was lost, and ``router.run`` could not learn its outcome.
+
+    It was not run again, since it may have been done.
+
+    Attributes:
+        shard: its name.
+    """
+
+    def __init__(self, message: str, shard: str = "") -> None:
+        self.shard = shard
+        super().__init__(message)
 
 
 class LocalTopologyError(SQLRouteError):

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection, Result
 from sqlalchemy.orm import QueryContext
 
 from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
+from sqlroute.events import Fallback, PlanChosen, Retried
 from sqlroute.references import write_everywhere
 from sqlroute.results import merged
 from sqlroute.routing.declare import Sharded, declaration
@@ -172,10 +173,23 @@ def plan(
     ):
         filled, keys = keyed_rows(described.statement, described.parameters)
     found = session._router.plan(
-        described, session._affinity, session._routes, demand=demand, keys=keys, exclude=exclude
+        described,
+        session._affinity,
+        session._routes,
+        demand=demand,
+        keys=keys,
+        exclude=exclude,
+        limit=session._limit,
     )
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s", found)
+    listeners = session._router.listeners
+    if listeners.wants(PlanChosen):
+        listeners.tell(PlanChosen(found))
+    if listeners.wants(Fallback):
+        for target in found.targets:
+            if target.is_fallback:
+                listeners.tell(Fallback(target.shard, target.node, target.reason))
     return found, filled
 
 
@@ -288,7 +302,9 @@ def _read(
     again = False
     while True:
         try:
-            with session._routes.reading(target.node, session._settings.wanted) as connection:
+            with session._routes.reading(
+                target.node, session._settings.wanted, session._limit
+            ) as connection:
                 result = call.run(
                     connection,
                     statement=statement,
@@ -309,7 +325,9 @@ def _read(
                 exclude |= {target.node}
             else:
                 raise
-            log.info("read failed on %s, trying another node: %s", target.node, error.orig)
+            session._router.listeners.tell(
+                Retried("read", shard, target.node, _line(error), len(exclude) or 1)
+            )
             try:
                 target = plan(session, described, options, exclude)[0].target
             except SQLRouteError as none_left:
@@ -335,13 +353,13 @@ def _on_primary(
     """
     session, shape = call.session, described.shape
     reason = f"{refused.node} refused it as a write"
-    log.info("%s, running it on the primary: %s", reason, error.orig)
+    session._router.listeners.tell(Retried("write", refused.shard, refused.node, _line(error)))
     shape.statement = replace(shape.statement, kind=Kind.UNKNOWN, reasons=(reason,))
     shape.plans.clear()
     session._router.refused_writes += 1
     try:
         target = session._router.primary_of(
-            refused.shard, session._affinity, session._routes, session._demand
+            refused.shard, session._affinity, session._routes, session._demand, session._limit
         )
     except SQLRouteError as cannot:
         raise cannot from error
@@ -360,6 +378,9 @@ def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
         for target in found.targets
     ]
     timeout = session._router.policy.scatter_timeout
+    if session._limit is not None:
+        session._limit.check("a statement on several shards")
+        timeout = min(timeout, session._limit.left())
     if session._routes.is_async:
         results = scatter_async(works, timeout)
     else:
@@ -459,6 +480,10 @@ def _is_streaming(options: Mapping[str, Any]) -> bool:
         or options.get("stream_results")
         or getattr(loading, "_yield_per", None)
     )
+
+
+def _line(error: sa_exc.DBAPIError) -> str:
+    return str(error.orig).partition("\n")[0]
 
 
 def _is_refused_write(error: sa_exc.DBAPIError, target: Target) -> bool:

@@ -7,13 +7,14 @@ that a plan may wait for: a replica proved fresh, and the lease of the shard map
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -23,13 +24,25 @@ from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.catalog.functions import FunctionReader
 from sqlroute.errors import (
+    ConfigError,
     ForeignToken,
     NoEligibleNode,
     NoPrimary,
     ShardMapUnavailable,
     UnknownName,
 )
-from sqlroute.health import Health, Role, State
+from sqlroute.events import (
+    Event,
+    Fallback,
+    Listener,
+    Listeners,
+    NodeChanged,
+    PrimaryChanged,
+    Retried,
+    StatementDone,
+    log_event,
+)
+from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
@@ -47,10 +60,13 @@ from sqlroute.routing.target import (
     bind_target,
 )
 from sqlroute.routing.token import Position, format_lsn
+from sqlroute.runtime.discovery import Discovery
 from sqlroute.runtime.engines import Engines
+from sqlroute.runtime.limits import Limit
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
     from sqlalchemy.ext.asyncio import async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
@@ -63,6 +79,15 @@ log = logging.getLogger("sqlroute.router")
 
 READ_ONLY = "25006"
 """SQLSTATE of a write that a server in recovery, or a read-only transaction, refuses."""
+
+TRIES = 8
+"""How often a statement is planned anew because servers or the shard map have changed."""
+
+LONGEST_PAUSE = 0.2
+"""Seconds between two looks of one caller at a shard that has no primary."""
+
+SHORTEST_LOOK = 0.02
+"""Seconds that a look at a shard is given at least."""
 
 SCATTER_THREADS = 64
 """Statements that sync sessions may have under way in scatters; more wait for a thread."""
@@ -103,9 +128,17 @@ class Router:
         self.refused_writes = 0
         self.is_sharded = any(keyspace.is_sharded for keyspace in topology.keyspaces)
         self.demand = Demand(self.policy.consistency)
+        self.listeners = Listeners()
+        self.listeners.add(
+            log_event, (Retried,)
+        )  # the monitor logs what it sees, the rest is debug
         self._threads: ThreadPoolExecutor | None = None
         self._has_looked = False  # in this process
         _routers.add(self)
+        self._retired_async: list[Engine] = []
+        self._reloading = threading.Lock()
+        self._discovery = Discovery(topology, self._use)
+        self._source: str | Path | Mapping[str, Any] | None = None
         self._engines = {
             flavour: Engines(
                 topology,
@@ -131,7 +164,57 @@ class Router:
         from sqlroute.config import load
 
         settings = load(source)
-        return cls(settings.topology, settings.policy)
+        router = cls(settings.topology, settings.policy)
+        router._source = source
+        return router
+
+    def reload(self, source: str | Path | Mapping[str, Any] | Topology | None = None) -> None:
+        """Take over nodes that were added, changed or removed, while statements run.
+
+        What is under way on a node that goes ends there; nothing new is sent to it. Shards, their
+        keyspaces and buckets stay: moving those is another matter. The policy stays, too.
+
+        Args:
+            source: a configuration, or a topology; by default what the router was made from.
+
+        Raises:
+            ConfigError: lists every fault with its path; nothing was changed.
+        """
+        if not isinstance(source, Topology):
+            from sqlroute.config import load
+
+            source = load(self._source if source is None else source).topology
+        if faults := tuple(_differences(self.topology, source)):
+            raise ConfigError(faults)
+        self._discovery.declare(source)
+        self._use(self._discovery.topology)
+
+    def _use(self, topology: Topology) -> None:
+        """Route to other nodes from now on."""
+        with self._reloading:
+            with self._lock:
+                self.planner = Planner(topology, self.planner.functions)
+                self.topology = topology
+            self.monitor.set_topology(topology)
+            self._retired_async += self._engines[True].set_topology(topology)
+            for engine in self._engines[False].set_topology(topology):
+                engine.pool.dispose()
+
+    async def areload(
+        self, source: str | Path | Mapping[str, Any] | Topology | None = None
+    ) -> None:
+        """Do the same in an event loop, which alone can close what its pools keep open.
+
+        Raises: as :meth:`reload`.
+        """
+        import asyncio
+
+        from sqlalchemy.util import greenlet_spawn
+
+        await asyncio.to_thread(self.reload, source)
+        retired, self._retired_async = self._retired_async, []
+        for engine in retired:
+            await greenlet_spawn(engine.pool.dispose)
 
     # sessions
 
@@ -155,6 +238,55 @@ class Router:
         options.setdefault("sync_session_class", RoutingSession)
         return async_sessionmaker(router=self, asynchronous=True, **options)
 
+    def run(
+        self,
+        fn: Callable[[Any], T],
+        *,
+        session: Any = None,
+        attempts: int = 5,
+        timeout: float = 30.0,
+        **options: Any,
+    ) -> T:
+        """Call ``fn(session)`` and commit; all of it again after an error that passes by itself.
+
+        Which errors do :func:`sqlroute.is_retryable` says. A commit whose answer is lost is not
+        repeated but resolved: the server is asked what became of it. What the function does
+        outside of its session may happen more than once.
+
+        Args:
+            fn: the unit of work; what it returns is returned.
+            session: use this one, not in a transaction; it is rolled back and emptied before
+                another attempt. By default each attempt has a new one, closed at its end.
+            attempts: at most.
+            timeout: seconds after which no attempt begins; a commit in doubt is resolved by then.
+                How long one attempt may take says the option ``deadline``.
+            options: of new sessions, as of :meth:`sessionmaker`.
+
+        Raises:
+            UnknownCommit: a commit may have been done, and nobody can tell.
+            InDoubtCommit: it is done, but on some shard not yet visible.
+            InvalidRequestError: the session given cannot be used for it.
+        """
+        from sqlroute.retry import run
+
+        return run(self, fn, session=session, attempts=attempts, timeout=timeout, options=options)
+
+    async def arun(
+        self,
+        fn: Callable[[Any], Awaitable[T]],
+        *,
+        session: Any = None,
+        attempts: int = 5,
+        timeout: float = 30.0,
+        **options: Any,
+    ) -> T:
+        """Await ``fn(session)`` with an ``AsyncSession`` and commit. See :meth:`run`."""
+        from sqlroute.retry import arun
+
+        return await arun(
+            self, fn, session=session, attempts=attempts, timeout=timeout, options=options
+        )
+
     # the way of a statement
 
     def plan(
@@ -166,6 +298,7 @@ class Router:
         demand: Demand,
         keys: list[Any] | None = None,
         exclude: frozenset[str] = frozenset(),
+        limit: Limit | None = None,
     ) -> Plan:
         """Plan one execution, after the facts it needs were made sure of.
 
@@ -173,6 +306,7 @@ class Router:
             demand: what the caller asks for.
             keys: the key of each row, for an INSERT into a sharded table.
             exclude: nodes that just failed this statement.
+            limit: until when the session may wait.
 
         Raises:
             PlanError: it cannot be routed.
@@ -180,30 +314,34 @@ class Router:
             TopologyError: no node can take it now.
         """
         situation = self.situation(affinity, engines, demand, exclude)
-        situation.may_wait, asked = True, False
+        situation.may_wait = True
+        waits: _Waits | None = None
         shape = described.shape.statement
         if shape.undecided and self.learn_functions(shape.keyspace, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
-        for _ in range(8):
+        tries = 0
+        while tries < TRIES:
+            tries += 1
             try:
                 if keys is None:
                     found = plan(described, situation, self._rng)
                 else:
                     found = plan_rows(described, keys, situation, self._rng)
             except NoPrimary as none:
-                if asked:
+                waits = waits or _Waits(self._patience(none.shard), limit)
+                if not waits.goes_on(engines):
                     raise
-                asked = True  # a statement may have failed a moment ago: ask, all callers at once
-                blocking(engines, self.monitor.ask, none.shard, self.policy.probe_deadline)
+                self._ask(engines, none.shard, waits.left())
+                tries -= 1
             except ShardMapUnavailable:
                 if not self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
                     raise
             except (Question, OldMap) as question:
-                self._answer(question, situation, engines)
+                self._answer(question, situation, engines, limit)
             else:
                 if not found.epoch or self._confirmed(found, engines):
                     return found
-            situation.health, situation.maps = self.monitor.health, self._maps
+            situation.renew(self.monitor.health, self._maps)
         raise ShardMapUnavailable(
             "the servers changed faster than the statement could be planned; try again"
         )
@@ -222,7 +360,13 @@ class Router:
             self.planner.functions = self.planner.functions.learnt(keyspace.name, found)
         return True
 
-    def _answer(self, question: Exception, situation: Situation, engines: Engines) -> None:
+    def _answer(
+        self,
+        question: Exception,
+        situation: Situation,
+        engines: Engines,
+        limit: Limit | None = None,
+    ) -> None:
         """Find out what planning needs to know, and put it into the situation."""
         if isinstance(question, OldMap):
             if not self._refresh(question.keyspace, engines, newer_than=question.epoch - 1):
@@ -231,7 +375,7 @@ class Router:
                     f"{question.keyspace.name}, and no node has a map as new"
                 )
         elif isinstance(question, Unproven):
-            situation.may_wait = self._prove(question, situation, engines)
+            situation.may_wait = self._prove(question, situation, engines, limit)
         elif isinstance(question, UnknownHistory):
             self._read_history(question.shard, engines)
             situation.histories = self._histories
@@ -257,10 +401,11 @@ class Router:
         exclude: frozenset[str] = frozenset(),
     ) -> Situation:
         """Return what is known now."""
+        health = self.health(engines)
         return Situation(
-            self.topology,
+            health.topology,  # of the same moment
             self.policy,
-            self.health(engines),
+            health,
             self._maps,
             affinity,
             engines.loads,
@@ -281,6 +426,7 @@ class Router:
         with self._starting:
             if self._has_looked:
                 return
+            self._discovery.start(self.policy.connect_timeout)
             health = self.monitor.ready(self.policy.connect_timeout)
             for shard in self.topology.keyspace_of_shard:
                 while health.primary(shard) is None and time.monotonic() < deadline:
@@ -288,7 +434,9 @@ class Router:
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
             self._has_looked = True
 
-    def _prove(self, question: Unproven, situation: Situation, engines: Engines) -> bool:
+    def _prove(
+        self, question: Unproven, situation: Situation, engines: Engines, limit: Limit | None
+    ) -> bool:
         """Ask the replicas of a shard until one has replayed what the session has seen.
 
         Not longer than the question is worth. Says whether one has.
@@ -297,10 +445,14 @@ class Router:
         tie = situation.affinity.of(shard)
         began = time.monotonic()
         deadline = began + question.patience
+        if limit is not None:
+            deadline = min(deadline, limit.at)
         pause = 0.0
         while True:
             left = max(deadline - time.monotonic(), 0.005)
-            health = blocking(engines, self._ask_after, pause, shard, left)
+            if pause:
+                sleep(engines, pause)
+            health = self._ask(engines, shard, left)
             pause = min(2 * pause + 0.001, 0.01, left)  # a replica is not asked without rest
             _check_reached(tie.token, health, began)
             floor = situation.floors.get(shard)
@@ -313,7 +465,7 @@ class Router:
             if candidates(
                 shard,
                 health,
-                self.topology,
+                health.topology,
                 self.policy,
                 Consistency.SESSION,
                 Required(tie.token, tie.nodes, floor),
@@ -323,9 +475,25 @@ class Router:
             if time.monotonic() >= deadline:
                 return False
 
-    def _ask_after(self, pause: float, shard: str, timeout: float) -> Health:
-        time.sleep(pause)
-        return self.monitor.ask(shard, timeout)
+    def _ask(self, engines: Engines, shard: str, timeout: float) -> Health:
+        """Have all nodes of a shard asked; under AsyncSession without a thread that waits."""
+        timeout = min(timeout, self.policy.probe_deadline)
+        if not engines.is_async:
+            return self.monitor.ask(shard, timeout)
+        from sqlalchemy.util import await_only
+        from sqlalchemy.util.concurrency import in_greenlet
+
+        if not in_greenlet():
+            return self.monitor.ask(shard, timeout)
+        await_only(_answered(self.monitor.asking(shard), timeout))
+        return self.monitor.health
+
+    def _patience(self, shard: str) -> float:
+        """Return how long a new transaction waits for a primary: one may be promoted now.
+
+        Where none was ever seen nobody waits: the configuration is wrong, or the network.
+        """
+        return self.policy.primary_wait if self.monitor.health.shard(shard).highest_timeline else 0
 
     def observed(self, affinity: Affinity, engines: Engines) -> Affinity:
         """Return the affinity with a position for all that the session has read.
@@ -487,7 +655,12 @@ class Router:
         return engines.engine(self.primary_of(shard, Affinity(), engines).node)
 
     def primary_of(
-        self, shard: str, affinity: Affinity, engines: Engines, demand: Demand = AUTOMATIC
+        self,
+        shard: str,
+        affinity: Affinity,
+        engines: Engines,
+        demand: Demand = AUTOMATIC,
+        limit: Limit | None = None,
     ) -> Target:
         """Return where goes what no statement describes: the primary of a shard.
 
@@ -498,20 +671,20 @@ class Router:
             TokenError: what the session has seen is not there.
             NoPrimary: none is known, and asking all its nodes found none.
         """
-        asked = False
+        waits: _Waits | None = None
         situation = self.situation(affinity, engines, demand)
         situation.may_wait = affinity.read_only
         while True:
             try:
                 return bind_target(shard, situation, self._rng)
             except NoPrimary:
-                if asked:
+                waits = waits or _Waits(self._patience(shard), limit)
+                if not waits.goes_on(engines):
                     raise
-                asked = True
-                blocking(engines, self.monitor.ask, shard, self.policy.probe_deadline)
+                self._ask(engines, shard, waits.left())
             except Question as question:
-                self._answer(question, situation, engines)
-            situation.health = self.monitor.health
+                self._answer(question, situation, engines, limit)
+            situation.renew(self.monitor.health, self._maps)
 
     def threads(self) -> ThreadPoolExecutor:
         """Return the threads that wait for servers in scatters of sync sessions."""
@@ -519,6 +692,30 @@ class Router:
             with self._lock:
                 self._threads = ThreadPoolExecutor(SCATTER_THREADS, "sqlroute-scatter")
         return self._threads
+
+    def listen(self, listener: Listener, *kinds: type[Event]) -> Callable[[], None]:
+        """Have a listener told what happens from now on.
+
+        Args:
+            listener: called with each event where it happens; must not block.
+            kinds: of events, by default all but :class:`StatementDone` and :class:`PlanChosen`,
+                which there is one of for each statement.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            TypeError: a kind that is none.
+        """
+        wanted = kinds or (NodeChanged, PrimaryChanged, Fallback, Retried)
+        end = self.listeners.add(listener, wanted)
+        if StatementDone in wanted:
+            for engines in self._engines.values():
+                engines.observe(self._statement_done)
+        return end
+
+    def _statement_done(self, node: str, seconds: float, error: str) -> None:
+        self.listeners.tell(StatementDone(self._shard(node), node, seconds, error))
 
     def _node_failed(self, node: str, error: BaseException) -> bool:
         """Note that a node failed; say if it counts against it.
@@ -543,12 +740,49 @@ class Router:
             self._maps = MappingProxyType(maps)
 
     def _health_changed(self, old: Health, new: Health) -> None:
-        """Have the pooled connections of a node that went down replaced before they are used."""
+        """Have pooled connections replaced that are of no use, or of another time of their node.
+
+        Those of a node that went down; and of one whose role or timeline is another: a connection
+        that was opened to a primary must not meet a replica, nor the reverse.
+        """
         for name, node in new.nodes.items():
             before = old.nodes.get(name)
-            if node.state is State.DOWN and (before is None or before.state is not State.DOWN):
+            if before is node:
+                continue
+            went_down = node.state is State.DOWN and (
+                before is None or before.state is not State.DOWN
+            )
+            if went_down or (before is not None and _is_another(before, node)):
                 for engines in self._engines.values():
                     engines.expire(name)
+        self._tell_of_changes(old, new)
+
+    def _tell_of_changes(self, old: Health, new: Health) -> None:
+        for name, now in new.nodes.items():
+            before = old.nodes.get(name)
+            if before is not None and _is_news(before, now):
+                reason = now.last_error if now.failures else ""
+                self.listeners.tell(
+                    NodeChanged(
+                        now.shard,
+                        name,
+                        before.state.value,
+                        now.state.value,
+                        now.role.value,
+                        now.timeline,
+                        reason,
+                        now.refused,
+                    )
+                )
+        for shard, is_now in new.shards.items():
+            was = old.shards.get(shard)
+            if was is not None and was is not is_now and was.primary != is_now.primary:
+                rivals = is_now.contenders if len(is_now.contenders) > 1 else ()
+                self.listeners.tell(
+                    PrimaryChanged(
+                        shard, was.primary, is_now.primary, is_now.highest_timeline, rivals
+                    )
+                )
 
     def _node_down(self, node: str) -> None:
         """Cut the reads that wait for a node that hangs: they go on elsewhere."""
@@ -635,6 +869,7 @@ class Router:
 
     def close(self) -> None:
         """Stop the monitor and close all pools of sync engines."""
+        self._discovery.close()
         self.monitor.close()
         self._engines[False].close()
         if self._threads is not None:
@@ -667,10 +902,85 @@ def _start_anew() -> None:
     """In a child after a fork: neither threads nor locks of the parent are of use."""
     for router in list(_routers):
         router._has_looked, router._threads = False, None
+        router._reloading = threading.Lock()
+        router._discovery.forget()
         router._lock, router._starting = threading.Lock(), threading.Lock()
 
 
 os.register_at_fork(after_in_child=_start_anew)
+
+
+class _Waits:
+    """One caller's wait for a primary: the first look at once, further ones with pauses."""
+
+    def __init__(self, patience: float, limit: Limit | None) -> None:
+        self._began = time.monotonic()
+        self._ends = self._began + patience
+        if limit is not None:
+            self._ends = min(self._ends, limit.at)
+        self._pause = 0.0
+
+    def left(self) -> float:
+        return max(self._ends - time.monotonic(), SHORTEST_LOOK)
+
+    def goes_on(self, engines: Engines) -> bool:
+        """Pause, and say whether to look once more."""
+        pause = self._pause
+        if pause:
+            if time.monotonic() >= self._ends:
+                return False
+            sleep(engines, min(pause, self.left()))
+        self._pause = min(2 * pause + 0.01, LONGEST_PAUSE)
+        return True
+
+
+def _differences(old: Topology, new: Topology) -> Iterator[str]:
+    """Yield what a reload may not change."""
+    if [k.name for k in old.keyspaces] != [k.name for k in new.keyspaces]:
+        yield "keyspaces: names and order cannot change while the router runs; make a new one"
+        return
+    for before, now in zip(old.keyspaces, new.keyspaces, strict=True):
+        path = f"keyspaces.{now.name}"
+        if before.buckets != now.buckets:
+            yield f"{path}.buckets: is {before.buckets} for life, not {now.buckets}"
+        if before.shard_names != now.shard_names:
+            yield (
+                f"{path}.shards: {', '.join(before.shard_names)} cannot become "
+                f"{', '.join(now.shard_names)} while the router runs; make a new one"
+            )
+
+
+async def _answered(asked: Future[None], timeout: float) -> None:
+    import asyncio
+
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), timeout)
+
+
+def _is_another(before: NodeHealth, now: NodeHealth) -> bool:
+    known = before.role is not Role.UNKNOWN and now.role is not Role.UNKNOWN
+    return known and (before.role is not now.role or 0 < before.timeline != now.timeline)
+
+
+def _is_news(before: NodeHealth, now: NodeHealth) -> bool:
+    return before is not now and (
+        before.state is not now.state
+        or before.role is not now.role
+        or before.refused != now.refused
+    )
+
+
+def sleep(engines: Engines, seconds: float) -> None:
+    """Let time pass: of this thread, or of this task alone under AsyncSession."""
+    from sqlalchemy.util import await_only
+    from sqlalchemy.util.concurrency import in_greenlet
+
+    if engines.is_async and in_greenlet():
+        import asyncio
+
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def _check_reached(token: Position | None, health: Health, since: float) -> None:

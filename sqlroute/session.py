@@ -19,6 +19,7 @@ SQLAlchemy internals used, each checked by ``tests/unit/test_sqlalchemy_internal
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +30,7 @@ from sqlalchemy import event
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.engine.util import TransactionalContext
-from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.exc import OperationalError, UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.sql.base import Executable
@@ -57,6 +58,7 @@ from sqlroute.routing.rows import bucket_of_key, missing, python_default
 from sqlroute.routing.target import check_may_write
 from sqlroute.routing.token import Token
 from sqlroute.runtime.commit import CommitGroup
+from sqlroute.runtime.limits import Limit, waiting_for
 from sqlroute.runtime.settings import Settings
 from sqlroute.stale import StaleWrites
 
@@ -89,6 +91,8 @@ class RoutingMixin(Asking, _Base):
         settings: run-time parameters of its connections, see :meth:`settings`.
         stale_writes: ``"check"``: an object that a replica gave is compared with the primary's row
             before it is written; ``"allow"``: it is not. See :mod:`sqlroute.stale`.
+        deadline: seconds from now within which all must be done, see :meth:`deadline`; by default
+            the policy's.
 
     Raises:
         UnknownName: a consistency, intent or ``stale_writes`` that nobody knows.
@@ -105,6 +109,7 @@ class RoutingMixin(Asking, _Base):
     _chosen: Engine | Connection | None = None  # by the last plan
     _options: Mapping[str, Any] = _NOTHING  # of the transaction's connections
     _optioned: frozenset[Engine] = frozenset()  # that have them
+    _resolves = False  # router.run() wants to learn the outcome of a COMMIT without an answer
     _shard: str | None = None
     _streaming: frozenset[str] = frozenset()
 
@@ -118,6 +123,7 @@ class RoutingMixin(Asking, _Base):
         token: Token | str | None = None,
         settings: Mapping[str, Any] | None = None,
         stale_writes: str = "check",
+        deadline: float | None = None,
         **options: Any,
     ) -> None:
         self._stale = StaleWrites(stale_writes)
@@ -130,6 +136,10 @@ class RoutingMixin(Asking, _Base):
             self.follow(token)
         if settings is not None:
             self._settings.want(settings)
+        if deadline is None:
+            deadline = router.policy.deadline
+        if deadline is not None:
+            self._limit = Limit.after(deadline)
         super().__init__(*arguments, **options)
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -251,7 +261,7 @@ class RoutingMixin(Asking, _Base):
         if not keyspace.is_sharded:
             return []
         targets = [
-            self._router.primary_of(shard, self._affinity, self._routes, self._demand)
+            self._router.primary_of(shard, self._affinity, self._routes, self._demand, self._limit)
             for shard in keyspace.shard_names[1:]
         ]
         for target in targets:
@@ -394,7 +404,9 @@ class RoutingMixin(Asking, _Base):
         )
 
     def _primary_engine(self, shard: str) -> Engine:
-        target = self._router.primary_of(shard, self._affinity, self._routes, self._demand)
+        target = self._router.primary_of(
+            shard, self._affinity, self._routes, self._demand, self._limit
+        )
         self._check_enlistable(target)
         self._is_proved = target.is_proved
         return self._routes.engine(target.node)
@@ -444,17 +456,70 @@ class RoutingMixin(Asking, _Base):
                     f"execution option {name} is of statements, not of connections; for these use "
                     'bind_arguments={"shard": "..."} and session.begin(read_only=True)'
                 )
-        if self._options and engine not in self._optioned:
-            self._optioned |= {engine}
-            execution_options = {**self._options, **(execution_options or {})}
-        found: Connection = super()._connection_for_bind(engine, execution_options, **options)
+        given, until = execution_options, None
+        while True:
+            if self._options and engine not in self._optioned:
+                self._optioned |= {engine}
+                execution_options = {**self._options, **(given or {})}
+            try:
+                found = self._connected(engine, execution_options, **options)
+                break
+            except OperationalError as error:
+                now = time.monotonic()
+                until = now + self._router.policy.primary_wait if until is None else until
+                if now > until:
+                    raise
+                engine = self._instead_of(engine, error)
         if self._settings.is_needed:
             self._settings.give(found)
         return found
 
+    def _connected(self, engine: Any, execution_options: Any, **options: Any) -> Connection:
+        connect = super()._connection_for_bind
+        if self._limit is None:
+            found: Connection = connect(engine, execution_options, **options)
+            return found
+        with waiting_for(self._limit):
+            found = connect(engine, execution_options, **options)
+        if self._routes.node_of(found.engine) is not None:
+            driver: Any = found.connection.driver_connection
+            driver.sqlroute_limit = self._limit
+        return found
+
+    def _instead_of(self, engine: Any, error: OperationalError) -> Engine:
+        """Return the engine of the primary that a shard has now: no connection could be made.
+
+        Nothing was sent, so a transaction that begins may begin elsewhere, or a moment later.
+
+        Raises:
+            OperationalError: the one given: it is not a primary's, or the pool's connection broke.
+            NoPrimary: nor is there another one in time.
+        """
+        node = self._routes.node_of(engine) if isinstance(engine, Engine) else None
+        if (
+            node is None
+            or error.statement is not None
+            or self._affinity.read_only
+            or node in self._streaming
+        ):
+            raise error
+        try:
+            target = self._router.primary_of(
+                self._routes.shard_of(node),
+                self._affinity,
+                self._routes,
+                self._demand,
+                self._limit,
+            )
+        except SQLRouteError as none:
+            raise none from error
+        if not target.is_primary:
+            raise error
+        return self._routes.engine(target.node)
+
     def _wrote(self, shard: str) -> None:
         if self._group is None:
-            self._group = CommitGroup()
+            self._group = CommitGroup(resolves=self._resolves)
         self._group.wrote(shard)
 
     @contextmanager
@@ -639,7 +704,7 @@ def _after_begin(session: Any, transaction: Any, connection: Connection) -> None
         return
     if node in session._streaming:
         return  # a replica; it has no part in the commit
-    shard = session._router.topology.shard_of_node[node]
+    shard = session._routes.shard_of(node)
     known = session._router.monitor.health.nodes.get(node)
     life = known.life if known is not None else 0
     proved = session._is_proved
@@ -647,7 +712,7 @@ def _after_begin(session: Any, transaction: Any, connection: Connection) -> None
     if session._affinity.read_only:
         return
     if session._group is None:
-        session._group = CommitGroup()
+        session._group = CommitGroup(resolves=session._resolves)
     if not session.twophase:
         session._group.enlist(shard, connection.connection)
 

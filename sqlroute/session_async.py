@@ -56,6 +56,10 @@ class RoutingAsyncSession(AsyncSession):
         """Declare a ``with`` block to read only, and data of any age."""
         return self.sync_session.lag_tolerant()
 
+    def deadline(self, seconds: float) -> AbstractContextManager[None]:
+        """Wait for nothing in a ``with`` block beyond so many seconds from now."""
+        return self.sync_session.deadline(seconds)
+
     def settings(self, **settings: Any) -> AbstractContextManager[None]:
         """Give run-time parameters to every connection. See ``RoutingSession.settings``."""
         return self.sync_session.settings(**settings)

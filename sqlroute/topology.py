@@ -51,6 +51,7 @@ class Node:
         zone: where the node stands; empty if not said. Shown, not used for choosing yet.
         weight: 0 means no reads. Other values do not change the share of reads yet.
         options: further libpq parameters (``sslmode``, ``passfile``, ``service``...).
+        discovers: the host is a name of several servers, see :meth:`Topology.discovered`.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Node:
     zone: str = ""
     weight: float = 1.0
     options: tuple[tuple[str, str], ...] = ()
+    discovers: bool = False
+
+    def at(self, name: str, address: str) -> Node:
+        """Return one of the servers that the host is a name of; TLS still checks that name."""
+        options = (*self.options, ("hostaddr", address))
+        return replace(self, name=name, options=options, discovers=False)
 
     def conninfo(self) -> dict[str, Any]:
         """Return libpq parameters, the password revealed: only for a driver's connect call."""
@@ -144,6 +151,23 @@ class Topology:
             for shard in keyspace.shards:
                 yield from shard.nodes
 
+    def discovered(self, addresses: Mapping[str, tuple[str, ...]]) -> Topology:
+        """Return the topology with a node for each address of the names that stand for several.
+
+        Args:
+            addresses: of each host, as text. A host that is missing stays one node by its name.
+        """
+        if not any(node.discovers for node in self.nodes()):
+            return self
+        keyspaces = []
+        for keyspace in self.keyspaces:
+            shards = tuple(
+                replace(shard, nodes=tuple(_of_names(shard, addresses)))
+                for shard in keyspace.shards
+            )
+            keyspaces.append(replace(keyspace, shards=shards))
+        return Topology(tuple(keyspaces))
+
     def keyspace(self, name: str) -> Keyspace:
         return _named(self._keyspaces, name, "keyspace")
 
@@ -213,6 +237,16 @@ class ShardMap:
         """Spread buckets evenly: bucket ``i`` to shard ``i mod shards``, a regular map."""
         names = keyspace.shard_names
         return cls(keyspace.name, tuple(names[i % len(names)] for i in range(keyspace.buckets)))
+
+
+def _of_names(shard: Shard, addresses: Mapping[str, tuple[str, ...]]) -> Iterator[Node]:
+    for node in shard.nodes:
+        known = addresses.get(node.host, ()) if node.discovers else ()
+        for address in known:
+            shown = f"[{address}]" if ":" in address else address
+            yield node.at(f"{node.name}@{shown}", address)
+        if not known:
+            yield node
 
 
 def _named(known: Mapping[str, T], name: str, what: str) -> T:

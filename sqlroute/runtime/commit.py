@@ -13,6 +13,10 @@ one phase and carries the commit record: that row *is* the decision. The rest is
 Whoever finds a prepared transaction later asks the first shard for the row
 (:func:`sqlroute.catalog.recovery.recover`); nothing is guessed. This order needs 7 round trips for
 two shards, preparing the first one too would need 9.
+
+A connection may be lost between a COMMIT and its answer. The error then carries a :class:`Doubt`,
+and :mod:`sqlroute.retry` finds out what became of it, if the group was told to ask the server first
+who the transaction is (one more round trip).
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from sqlroute.errors import InDoubtCommit, TopologyError
+from sqlroute.errors import InDoubtCommit, SQLRouteError, TopologyError
 
 GROUP = "sqlroute.group"
 COMMIT_WITH_LSN = "COMMIT; SELECT pg_current_wal_flush_lsn(), pg_current_wal_insert_lsn()"
@@ -41,9 +46,16 @@ by then. Deferred constraints are checked before, as the role that the applicati
 """
 GID_PREFIX = "sqlroute:"
 
+IDENTITY = (
+    "SELECT pg_current_xact_id_if_assigned(), pg_current_wal_insert_lsn(), "
+    "left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), "
+    "extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()), pg_backend_pid()"
+)
+"""Who a transaction is; see :class:`Identity`."""
+
 log = logging.getLogger("sqlroute.commit")
 
-_IDLE, _FAILED, _UNKNOWN = 0, 3, 4  # libpq's PGTransactionStatusType
+_IDLE, _IN_TRANSACTION, _FAILED, _UNKNOWN = 0, 2, 3, 4  # libpq's PGTransactionStatusType
 _GONE = "42704"  # undefined_object: the prepared transaction was finished by somebody else
 
 
@@ -59,15 +71,78 @@ def group_of(connection: Any) -> CommitGroup | None:
     return connection.info.get(GROUP)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a transaction is on its server, asked before its COMMIT.
+
+    Attributes:
+        xid: its id; ``None`` when it has none, since it wrote nothing.
+        lsn: all that it had written by then is before this position, its commit is after it.
+        timeline: of the server.
+        life: another text after the server has crashed, which may give the same id again: counters
+            of statistics are reset then, and kept over an orderly restart.
+        pid: of its backend.
+    """
+
+    xid: int | None
+    lsn: int
+    timeline: int
+    life: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A COMMIT that was sent, and its answer lost.
+
+    Attributes:
+        identity: of the transaction, ``None`` when nobody has asked for it.
+    """
+
+    shard: str
+    identity: Identity | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a commit over several shards has prepared and left behind.
+
+    Attributes:
+        designated: the shard that decides about it.
+        transaction: its name there.
+        shards: where it is prepared.
+    """
+
+    designated: str
+    transaction: str
+    shards: tuple[str, ...]
+
+
+def doubt_of(error: BaseException | None) -> Doubt | None:
+    """Return the doubt that an error of the driver carries."""
+    found: Doubt | None = getattr(error, "sqlroute_doubt", None)
+    return found
+
+
+def prepared_of(error: BaseException | None) -> Prepared | None:
+    """Return what an error of a commit has left prepared, though it is not committed."""
+    found: Prepared | None = getattr(error, "sqlroute_prepared", None)
+    return found
+
+
 class CommitGroup:
     """The primaries enlisted in one transaction of a session.
+
+    Args:
+        resolves: ask who the transaction is before its COMMIT, so that its outcome can be learnt.
 
     Attributes:
         lsns: after the commit, a position of each shard that covers all the transaction saw.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, resolves: bool = False) -> None:
         self.lsns: dict[str, int] = {}
+        self._resolves = resolves
         self._connections: dict[str, Any] = {}
         self._wrote: dict[str, None] = {}
         self._done = False
@@ -99,6 +174,13 @@ class CommitGroup:
             InDoubtCommit: the decision is recorded but could not be carried out everywhere.
             TopologyError: a shard allows no prepared transactions.
         """
+        try:
+            self._commit(connection)
+        except BaseException as error:
+            _end(connection, error)
+            raise
+
+    def _commit(self, connection: Any) -> None:
         self.leave(connection)
         if self._done:
             return
@@ -123,9 +205,25 @@ class CommitGroup:
             self._end_readers(set(writers))
 
     def _commit_one(self, shard: str, connection: Any) -> None:
-        lsn = commit_with_lsn(connection)
+        commit = self._commit_writer if shard in self._wrote else _commit_reader
+        lsn = commit(shard, connection)
         if lsn is not None:
             self.lsns[shard] = lsn
+
+    def _commit_writer(self, shard: str, connection: Any) -> int | None:
+        """Commit; an error says if nobody knows whether that was done."""
+        status = _status(connection)
+        identity = identity_of(connection) if self._resolves and status == _IN_TRANSACTION else None
+        try:
+            return commit_with_lsn(connection)
+        except Exception as error:
+            if status == _IN_TRANSACTION and is_lost(connection):
+                error.sqlroute_doubt = Doubt(shard, identity)  # type: ignore[attr-defined]
+                error.add_note(
+                    f"the answer to COMMIT on shard {shard} was lost: it may have been done or not;"
+                    " router.run() finds that out"
+                )
+            raise
 
     def _end_readers(self, writers: set[str]) -> None:
         """End the members that only read; one that is lost takes nothing back."""
@@ -166,8 +264,8 @@ class CommitGroup:
                 self._prepare(shard, gids[shard])
             record = f"INSERT INTO sqlroute.commit_record (transaction) VALUES ('{transaction}')"  # noqa: S608 - a uuid
             _run(self._connections[designated], f"{AS_LOGIN_ROLE}; {record}")
-        except BaseException:
-            self._undo(prepared, gids)
+        except BaseException as error:
+            self._undo(prepared, gids, error)
             raise
         self._decide(designated, prepared, gids)
         self._finish(others, gids)
@@ -191,39 +289,62 @@ class CommitGroup:
             if is_lost(connection):
                 raise InDoubtCommit(
                     f"shard {designated} was lost while it decided; the outcome is in its "
-                    "sqlroute.commit_record, `sqlroute 2pc recover` finishes the others"
+                    "sqlroute.commit_record, `sqlroute 2pc recover` finishes the others",
+                    shard=designated,
+                    transaction=_transaction_of(gids),
+                    shards=(designated, *prepared),
+                    unfinished=tuple(prepared),
                 ) from error
-            self._undo(prepared, gids)
+            self._undo(prepared, gids, error)
             raise
         if lsn is not None:
             self.lsns[designated] = lsn
 
     def _finish(self, others: list[str], gids: dict[str, str]) -> None:
-        unfinished = []
+        unfinished: dict[str, str] = {}
         for shard in others:
             connection = self._connections[shard]
             try:
                 lsn = _outside(connection, f"COMMIT PREPARED '{gids[shard]}'")
             except Exception as error:
                 if getattr(error, "sqlstate", None) != _GONE:
-                    unfinished.append(f"{shard} ({str(error).splitlines()[0]})")
+                    unfinished[shard] = f"{shard} ({str(error).splitlines()[0]})"
                     continue
                 lsn = _ask(connection)  # recovery was faster
             if lsn is not None:
                 self.lsns[shard] = lsn
         if unfinished:
             raise InDoubtCommit(
-                f"the transaction is committed, but not yet on {', '.join(unfinished)}; "
-                "`sqlroute 2pc recover` finishes it"
+                f"the transaction is committed, but not yet on {', '.join(unfinished.values())}; "
+                "`sqlroute 2pc recover` finishes it",
+                shard=_designated_of(gids),
+                transaction=_transaction_of(gids),
+                shards=(_designated_of(gids), *others),
+                unfinished=tuple(unfinished),
+                is_committed=True,
             )
 
-    def _undo(self, prepared: list[str], gids: dict[str, str]) -> None:
+    def _undo(self, prepared: list[str], gids: dict[str, str], cause: BaseException) -> None:
         """Roll back what was prepared; what cannot be reached is left to recovery."""
+        left = []
         for shard in prepared:
             try:
                 _outside(self._connections[shard], f"ROLLBACK PREPARED '{gids[shard]}'")
-            except Exception:  # no record exists, so recovery rolls it back
-                continue
+            except Exception as error:  # no record exists, so recovery rolls it back
+                if getattr(error, "sqlstate", None) != _GONE:
+                    left.append(shard)
+        if left:
+            cause.sqlroute_prepared = Prepared(  # type: ignore[attr-defined]
+                _designated_of(gids), _transaction_of(gids), tuple(left)
+            )
+
+
+def _designated_of(gids: dict[str, str]) -> str:
+    return next(iter(gids.values())).split(":")[1]
+
+
+def _transaction_of(gids: dict[str, str]) -> str:
+    return next(iter(gids.values())).split(":")[2]
 
 
 def _to_the_end(function: Callable[..., None], *arguments: Any) -> None:
@@ -253,6 +374,42 @@ def _to_the_end(function: Callable[..., None], *arguments: Any) -> None:
             raise cancelled
 
     await_only(run())
+
+
+def _end(connection: Any, error: BaseException) -> None:
+    """End the transaction of a connection whose commit has failed, maybe because of another one.
+
+    SQLAlchemy takes such a transaction for ended: where the session is closed without a rollback,
+    it would put the connection into its pool with the transaction open, for the next to commit.
+    """
+    status = _status(connection)
+    if status == _IDLE or connection.driver_connection is None:
+        return
+    try:
+        if status in (_IN_TRANSACTION, _FAILED):
+            _run(connection, "ROLLBACK")
+        elif not isinstance(error, Exception) or isinstance(error, SQLRouteError):
+            connection.invalidate()  # cancelled in the middle, or lost: SQLAlchemy does not know
+    except Exception as failed:
+        log.info("a connection is dropped, it could not be rolled back: %s", failed)
+        connection.invalidate()
+
+
+def _commit_reader(_: str, connection: Any) -> int | None:
+    return commit_with_lsn(connection)
+
+
+def identity_of(connection: Any) -> Identity:
+    """Ask who the transaction of a pooled connection is."""
+    (found,) = _run(connection, IDENTITY)
+    xid, lsn, timeline, life, pid = (found.get_value(0, i) for i in range(5))
+    return Identity(
+        None if xid is None else int(xid),
+        _lsn(lsn),
+        int(timeline, 16),
+        (life or b"").decode(),
+        int(pid),
+    )
 
 
 def commit_with_lsn(connection: Any) -> int | None:

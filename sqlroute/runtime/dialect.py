@@ -8,18 +8,22 @@ it here, not in a commit event, keeps SQLAlchemy's wrapping of errors, in sync a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from greenlet import getcurrent
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGDialectAsync_psycopg
 from sqlalchemy.pool.base import _ConnectionFairy
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, memoized_property
 
+from sqlroute.errors import DeadlineExceeded
 from sqlroute.runtime.commit import CommitGroup, group_of, is_lost
+from sqlroute.runtime.limits import Connecting, Limit, limited, waiting
 from sqlroute.runtime.scatter import Branch
 from sqlroute.runtime.settings import UNSETTLED
-from sqlroute.runtime.wire import execute_opening, is_in_pipeline, opens
+from sqlroute.runtime.wire import driver_of, execute_opening, is_in_pipeline, opens
 
 DRIVERNAME = "postgresql+sqlroute"
 
@@ -54,6 +58,27 @@ def _is_asked(driver: Any) -> bool:
     return getattr(driver, "sqlroute_asked", False)
 
 
+def _driver(connection: Any) -> Any:
+    """Return psycopg's connection of a pooled one, or of one that is none."""
+    return getattr(connection, "driver_connection", connection)
+
+
+def _limited(driver: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call what waits for the server, as long as the session that has the connection may wait."""
+    limit = getattr(driver, "sqlroute_limit", None)
+    if limit is None:
+        function(*arguments)
+    else:
+        limited(driver, limit, function, *arguments)
+
+
+async def _connect(connecting: Connecting, *arguments: Any, **parameters: Any) -> Any:
+    from psycopg import AsyncConnection
+
+    connect = partial(AsyncConnection.connect, *arguments, **parameters)
+    return await connecting.connect_async(waiting.get(), connect)
+
+
 def _set_autocommit(connection: Any, value: bool) -> None:
     found = connection.driver_connection.set_autocommit(value)
     if connection.dbapi_connection is not connection.driver_connection:
@@ -64,21 +89,41 @@ def _set_autocommit(connection: Any, value: bool) -> None:
 class _Doors(PGDialect_psycopg):
     supports_statement_cache = True
 
+    @memoized_property
+    def connecting(self) -> Connecting:
+        """The connections that this engine opens now."""
+        return Connecting()
+
+    def connect(self, *arguments: Any, **parameters: Any) -> Any:
+        connect = partial(super().connect, *arguments, **parameters)
+        if not self.is_async:
+            return self.connecting.connect(waiting.get(), connect)
+        return connect(async_creator_fn=partial(_connect, self.connecting))
+
     def do_execute(self, cursor: Any, statement: Any, parameters: Any, context: Any = None) -> None:
-        branch = getcurrent()
-        if isinstance(branch, Branch):
+        if isinstance(branch := getcurrent(), Branch):
             branch.call(cursor, cursor.execute, statement, parameters)
-        elif parameters and (driver := opens(cursor)) is not None:
-            execute_opening(driver, cursor, statement, parameters)
+            return
+        driver = driver_of(cursor)
+        execute = cursor.execute
+        if parameters and opens(cursor, driver):
+            execute = partial(execute_opening, driver, cursor)
+        limit = getattr(driver, "sqlroute_limit", None)
+        if limit is None:
+            execute(statement, parameters)
         else:
-            cursor.execute(statement, parameters)
+            limited(driver, limit, execute, statement, parameters)
 
     def do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
-        branch = getcurrent()
-        if isinstance(branch, Branch):
+        if isinstance(branch := getcurrent(), Branch):
             branch.call(cursor, cursor.execute, statement)
         else:
-            cursor.execute(statement)
+            _limited(driver_of(cursor), cursor.execute, statement)
+
+    def do_executemany(
+        self, cursor: Any, statement: Any, parameters: Any, context: Any = None
+    ) -> None:
+        _limited(driver_of(cursor), cursor.executemany, statement, parameters)
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         driver = self.get_driver_connection(dbapi_connection)
@@ -115,10 +160,12 @@ class _Doors(PGDialect_psycopg):
 
     def do_commit(self, dbapi_connection: Any) -> None:
         group = group_of(dbapi_connection)
-        if group is None:
-            super().do_commit(dbapi_connection)  # type: ignore[no-untyped-call]
-        else:
-            group.commit(dbapi_connection)
+        commit = super().do_commit if group is None else group.commit
+        try:
+            _limited(_driver(dbapi_connection), commit, dbapi_connection)
+        except DeadlineExceeded as error:
+            error.retryable = error.__cause__ is None  # it was sent: nobody knows if it was done
+            raise
 
     def do_rollback(self, dbapi_connection: Any) -> None:
         if isinstance(dbapi_connection, _ConnectionFairy):
@@ -127,13 +174,24 @@ class _Doors(PGDialect_psycopg):
                 dbapi_connection.invalidate()
                 return
             driver.sqlroute_reads = False
+            limit, driver.sqlroute_limit = getattr(driver, "sqlroute_limit", None), None
             CommitGroup.leave(dbapi_connection)
             if driver.pgconn.transaction_status == 0 and not driver._tpc:
                 return  # nothing was begun, or it has ended
             if is_lost(dbapi_connection):  # in a commit: the server has rolled back long since
                 dbapi_connection.invalidate(soft=True)
                 return
+            if limit is not None:
+                self._roll_back_within(limit, dbapi_connection)
+                return
         super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
+
+    def _roll_back_within(self, limit: Limit, connection: _ConnectionFairy) -> None:
+        """Roll back, unless that takes too long: a server rolls back whom it has lost."""
+        try:
+            limited(connection.driver_connection, limit, super().do_rollback, connection)
+        except DeadlineExceeded:
+            connection.invalidate()
 
 
 class RoutedDialect(_Doors):

@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from sqlroute.errors import StaleShardMap
 from sqlroute.routing.policy import Policy
+from sqlroute.runtime.limits import Limit, waiting_for
 from sqlroute.runtime.scatter import cut
 from sqlroute.runtime.settings import with_begin
 from sqlroute.topology import Node, Topology
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 DriverError = Callable[[str, BaseException], bool]
 """Told of a node that failed; says whether it counts against the node."""
+
+Observer = Callable[[str, float, str], None]
+"""Told of a node that has answered a statement, after how many seconds, and with what error."""
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -61,9 +65,11 @@ class Engines:
         self._policy = policy
         self._on_failure = on_failure
         self._on_stale_map = on_stale_map
+        self._observer: Observer | None = None
         self._engines: dict[str, Engine] = {}
         self._asyncs: dict[str, Any] = {}
         self._names: dict[Engine, str] = {}
+        self._shards: dict[str, str] = {}
         self._lock = threading.Lock()
         _fork_aware.add(self)
 
@@ -77,18 +83,53 @@ class Engines:
         self.engine(node)
         return self._asyncs[node]
 
+    def shard_of(self, node: str) -> str:
+        """Return the shard of a node that has an engine, also when it has left the topology."""
+        return self._shards[node]
+
+    def set_topology(self, topology: Topology) -> list[Engine]:
+        """Use other nodes from now on; return the engines whose idle connections are to be closed.
+
+        What is in use on a node that went, or has another address, is closed when it comes back. A
+        plan that was made a moment ago may still ask for a node that went: its engine stays.
+        """
+        with self._lock:
+            old, self._topology = self._topology, topology
+            known = {node.name: node for node in topology.nodes()}
+            gone = [name for name in self._engines if name not in known]
+            changed = [
+                name for name in self._engines if name in known and known[name] != old.node(name)
+            ]
+            retired = [self._engines[name] for name in (*gone, *changed)]
+            for name in changed:
+                del self._engines[name], self._asyncs[name]
+        for engine in retired:
+            engine.pool.is_retired = True  # type: ignore[attr-defined]  # LimitedPool's
+        return retired
+
     def node_of(self, engine: Engine) -> str | None:
         """Return the node of an engine, ``None`` for an engine of somebody else's."""
         return self._names.get(engine)
 
-    def reading(self, node: str, settings: Mapping[str, str] = _NONE) -> Reading:
+    def reading(
+        self, node: str, settings: Mapping[str, str] = _NONE, limit: Limit | None = None
+    ) -> Reading:
         """Lend an AUTOCOMMIT connection for one read, as a context manager.
 
-        With settings it is in a transaction that has them; the pool's reset ends that.
+        With settings it is in a transaction that has them; the pool's reset ends that. Nothing of
+        it takes longer than the limit.
 
         psycopg's client-side cursor has all rows by then, so the result outlives the block.
         """
-        return Reading(self, node, settings)
+        return Reading(self, node, settings, limit)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell somebody of each statement that a server has answered, from now on."""
+        with self._lock:
+            if self._observer is None:
+                self._observer = observer
+                for engine, name in self._names.items():
+                    _observe(engine, name, observer)
 
     def expire(self, node: str) -> None:
         """Have all pooled connections of a node replaced when they are next checked out.
@@ -100,11 +141,16 @@ class Engines:
             engine.pool._invalidate_time = time.time()
 
     def cut_reads(self, node: str) -> int:
-        """Cut the sockets of reads under way on a node; return how many there were."""
+        """Cut the sockets of reads under way on a node; return how many there were.
+
+        Who is connecting to it does not wait any longer either.
+        """
         drivers: list[Any] = list(self.loads.get(node, ()))
         for driver in drivers:
             cut(driver)
-        return len(drivers)
+        engine = self._engines.get(node)
+        dialect: Any = engine.dialect if engine is not None else None
+        return len(drivers) + (dialect.connecting.give_up() if dialect is not None else 0)
 
     def close(self) -> None:
         """Close all pools. Connections in use are closed when they come back."""
@@ -132,26 +178,31 @@ class Engines:
         return engines
 
     def _make(self, name: str) -> Engine:
-        node = self._topology.node(name)
         with self._lock:
+            node = self._topology.node(name)
             if name not in self._engines:
                 engine, asynchronous = self._create(node)
                 self._listen(engine, name)
+                if self._observer is not None:
+                    _observe(engine, name, self._observer)
                 self.loads[name] = set()
                 self.answered.setdefault(name, 0)
                 self._asyncs[name] = asynchronous
                 self._names[engine] = name
+                self._shards[name] = self._topology.shard_of_node[name]
                 self._engines[name] = engine
             return self._engines[name]
 
     def _create(self, node: Node) -> tuple[Engine, Any]:
         import sqlroute.runtime.dialect  # noqa: F401 - registers the dialect
+        from sqlroute.runtime.pools import LimitedAsyncPool, LimitedPool
 
         policy = self._policy
         options: dict[str, Any] = {
             "pool_size": policy.pool_size,
             "max_overflow": policy.max_overflow,
             "pool_timeout": policy.pool_timeout,
+            "pool_logging_name": node.name,
             "use_native_hstore": False,
             "connect_args": {"connect_timeout": max(1, round(policy.connect_timeout))},
         }
@@ -159,11 +210,11 @@ class Engines:
         if self.is_async:
             from sqlalchemy.ext.asyncio import create_async_engine
 
-            asynchronous = create_async_engine(url, **options)
+            asynchronous = create_async_engine(url, poolclass=LimitedAsyncPool, **options)
             return asynchronous.sync_engine, asynchronous
         from sqlalchemy import create_engine
 
-        return create_engine(url, **options), None
+        return create_engine(url, poolclass=LimitedPool, **options), None
 
     def _listen(self, engine: Engine, name: str) -> None:
         on_failure, on_stale_map = self._on_failure, self._on_stale_map
@@ -192,21 +243,31 @@ class Engines:
 class Reading:
     """What :meth:`Engines.reading` returns; a generator would take three times as long."""
 
-    __slots__ = ("_connection", "_driver", "_engines", "_node", "_settings")
+    __slots__ = ("_connection", "_driver", "_engines", "_limit", "_node", "_settings")
 
-    def __init__(self, engines: Engines, node: str, settings: Mapping[str, str]) -> None:
-        self._engines, self._node, self._settings = engines, node, settings
+    def __init__(
+        self, engines: Engines, node: str, settings: Mapping[str, str], limit: Limit | None
+    ) -> None:
+        self._engines, self._node, self._settings, self._limit = engines, node, settings, limit
 
     def __enter__(self) -> Connection:
         from sqlroute.runtime.dialect import start_reading
 
-        connection = self._connection = self._engines.engine(self._node).connect()
+        engine = self._engines.engine(self._node)
+        if self._limit is None:
+            connection = self._connection = engine.connect()
+        else:
+            with waiting_for(self._limit):
+                connection = self._connection = engine.connect()
         fairy = connection.connection
-        driver = self._driver = fairy.driver_connection
+        driver: Any = fairy.driver_connection
+        self._driver = driver
         # one step for the interpreter, where += is three: threads meet here
         self._engines.loads[self._node].add(driver)
         try:  # switching to AUTOCOMMIT may be cancelled
             start_reading(fairy, driver)
+            if self._limit is not None:
+                driver.sqlroute_limit = self._limit
             if self._settings:
                 connection.exec_driver_sql(with_begin(self._settings))
         except BaseException:
@@ -222,6 +283,25 @@ class Reading:
     def _give_back(self) -> None:
         self._engines.loads[self._node].discard(self._driver)
         self._connection.close()
+
+
+def _observe(engine: Engine, name: str, observer: Observer) -> None:
+    """Time each statement of an engine. Only where somebody wants it: it is not free."""
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def begin(_: Any, __: Any, ___: Any, ____: Any, context: Any, _____: Any) -> None:
+        context.sqlroute_began = time.perf_counter()
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def end(_: Any, __: Any, ___: Any, ____: Any, context: Any, _____: Any) -> None:
+        observer(name, time.perf_counter() - context.sqlroute_began, "")
+
+    @event.listens_for(engine, "handle_error")
+    def fail(context: ExceptionContext) -> None:
+        began = getattr(context.execution_context, "sqlroute_began", None)
+        if began is not None:
+            text = str(context.original_exception).partition("\n")[0]
+            observer(name, time.perf_counter() - began, text)
 
 
 def is_old_plan(error: BaseException | None) -> bool:

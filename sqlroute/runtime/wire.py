@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 _HAS_PIPELINES = Pipeline.is_supported()
+_CLIENT_SIDE = (Cursor, AsyncAdapt_psycopg_cursor)
 
 
 class Opening(Pipeline):
@@ -68,22 +69,25 @@ class Opening(Pipeline):
             raise failed
 
 
-def opens(cursor: Any) -> Any:
-    """Return the driver's connection, if the next statement of a cursor begins a transaction there.
+def driver_of(cursor: Any) -> Any:
+    """Return psycopg's connection of a cursor, sync or async."""
+    return (
+        cursor._connection if isinstance(cursor, AsyncAdapt_psycopg_cursor) else cursor.connection
+    )
 
-    ``None`` where it does not, or cannot go out together with BEGIN: server-side cursors declare
-    themselves first.
+
+def opens(cursor: Any, driver: Any) -> bool:
+    """Say if the next statement of a cursor begins a transaction, and may go out with its BEGIN.
+
+    Server-side cursors declare themselves first.
     """
-    kind = type(cursor)
-    if kind is Cursor:
-        driver = cursor.connection
-    elif kind is AsyncAdapt_psycopg_cursor:
-        driver = cursor._connection
-    else:
-        return None
-    if driver.pgconn.transaction_status != TransactionStatus.IDLE or driver.autocommit:
-        return None
-    return driver if driver._pipeline is None and _HAS_PIPELINES else None
+    return (
+        driver.pgconn.transaction_status == TransactionStatus.IDLE
+        and not driver.autocommit
+        and type(cursor) in _CLIENT_SIDE
+        and driver._pipeline is None
+        and _HAS_PIPELINES
+    )
 
 
 def execute_opening(driver: Any, cursor: Any, statement: Any, parameters: Any) -> None:

@@ -18,10 +18,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from sqlroute.routing.hashing import KeyKind, bucket_of
 
+from .outage import outage
 from .pairs import Figure, compare, compare_async
 from .planning import plan_cached, plan_new, token_check
+from .proxies import versus_proxies
 from .servers import ROWS, Account, bench
 from .trips import round_trips
+from .watching import watching
 
 
 def _by_key(number: int) -> Any:
@@ -228,4 +231,7 @@ FIGURES: dict[str, Callable[[Path], list[Figure]]] = {
     "token_check": token_check,
     "scatter": scatter,
     "import": importing,
+    "versus_proxies": versus_proxies,
+    "watching": watching,
+    "outage": outage,
 }

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos token_reads|own_writes [--count N]``: break servers, look for a lie.
+"""``python -m tests.chaos NAME [--count N]``: break servers, look for a lie.
 
 Exits 1 when a read was stale, when something failed, or when the run proves nothing (no replica
 answered, or none was behind); the evidence is printed.
@@ -12,18 +12,23 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from sqlroute.testing import TopologyFactory
 
-from . import own_writes, token_reads
+from . import own_writes, requests, token_reads
 
-SCENARIOS = {"token_reads": (token_reads.run, 1_000_000), "own_writes": (own_writes.run, 100_000)}
+SCENARIOS: dict[str, tuple[Callable[..., Any], int]] = {
+    "token_reads": (token_reads.run, 1_000_000),
+    "own_writes": (own_writes.run, 100_000),
+    "requests": (requests.run, 600),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("name", choices=SCENARIOS)
-    parser.add_argument("--count", type=int, help="default: a million reads, 100,000 writes")
+    parser.add_argument("--count", type=int, help="default: a million reads, 100,000 writes, 600 s")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--break-token", action="store_true", help="take the tokens away: stale reads must show"

@@ -7,7 +7,7 @@ import pytest
 from sqlroute.local.topology import LocalTopology
 from sqlroute.testing import TopologyFactory
 
-from . import own_writes, token_reads
+from . import own_writes, requests, token_reads
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(180)]
 
@@ -34,6 +34,17 @@ def test_what_was_written_is_read_back_by_every_way(topology: LocalTopology) -> 
     assert set(report.tally.reads) == {
         "next session", "get", "refresh", "lazy load", "new session", "another process",
     }  # fmt: skip
+
+
+def test_requests_survive_what_befalls_servers(
+    sqlroute_topology_factory: TopologyFactory,
+) -> None:
+    """FastAPI and Flask, 20 s of replicas in trouble, then the primary stopped."""
+    servers = sqlroute_topology_factory(shards=1, replicas=2, label="requests")
+    report = requests.run(servers, 20, seed=3)
+
+    assert report.is_clean, "\n".join(report.lines())
+    assert sum(report.faults.values()) > 3
 
 
 def test_stale_reads_are_found_where_tokens_are_ignored(topology: LocalTopology) -> None:

@@ -15,7 +15,7 @@ import sqlroute
 PACKAGE = Path(sqlroute.__file__).parent
 
 ORDER = [
-    {"errors"},
+    {"errors", "events"},
     {"topology"},
     {"health"},
     {"routing"},
@@ -28,12 +28,13 @@ ORDER = [
         "references",
         "stale",
         "execution",
+        "retry",
         "router",
         "session",
         "session_async",
         "local",
     },
-    {"testing", "demo"},
+    {"web", "ext", "testing", "demo"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -1,0 +1,90 @@
+"""SQLAlchemy's pools, which know who holds their connections and how long somebody may wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+from sqlalchemy import exc
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, QueuePool
+
+from sqlroute.errors import PoolExhausted
+from sqlroute.runtime.limits import waiting
+
+SHOWN = 5
+"""How many holders an error names, those that hold longest."""
+
+
+class LimitedPool(QueuePool):
+    """A pool of one node; its logging name is the node's."""
+
+    is_retired = False
+    """Its node has left the topology: what comes back is closed."""
+
+    _patience: float
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._lent: dict[Any, tuple[Any, float]] = {}
+        super().__init__(*arguments, **options)
+
+    @property
+    def _timeout(self) -> float:
+        limit = waiting.get()
+        return self._patience if limit is None else min(self._patience, max(limit.left(), 0.0))
+
+    @_timeout.setter
+    def _timeout(self, seconds: float) -> None:
+        self._patience = seconds
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        began = time.monotonic()
+        try:
+            found = super()._do_get()
+        except PoolExhausted:  # it calls itself where a connection came back meanwhile
+            raise
+        except exc.TimeoutError as error:
+            raise PoolExhausted(self._who(time.monotonic() - began)) from error
+        self._lent[found] = _caller(), time.monotonic()
+        return found
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._lent.pop(record, None)
+        if self.is_retired:
+            record.close()
+            self._dec_overflow()
+            return
+        super()._do_return_conn(record)
+
+    def _who(self, waited: float) -> str:
+        """Say who holds the connections: threads or tasks, those first that hold them longest."""
+        now = time.monotonic()
+        held = sorted(self._lent.copy().values(), key=lambda holder: holder[1])
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        shown = [f"{_name(who, names)} for {now - since:.1f} s" for who, since in held[:SHOWN]]
+        more = f" and {len(held) - SHOWN} more" if len(held) > SHOWN else ""
+        return (
+            f"no connection to {self.logging_name} within {waited:.1f} s: all {len(held)} "
+            f"(pool_size {self.size()}, max_overflow {self._max_overflow}) are held, by "
+            f"{', '.join(shown) or 'nobody any more'}{more}; close sessions sooner, or raise "
+            "pool_size"
+        )
+
+
+class LimitedAsyncPool(LimitedPool, AsyncAdaptedQueuePool):
+    """The same for async engines."""
+
+
+def _caller() -> Any:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident() if task is None else task.get_name()
+
+
+def _name(who: Any, threads: dict[int | None, str]) -> str:
+    if isinstance(who, str):
+        return f"task {who}"
+    return f"thread {threads.get(who, f'{who}, which has ended')}"
