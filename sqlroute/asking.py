@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sqlroute.errors import ForeignToken
+from sqlroute.errors import ForeignToken, TokenError
 from sqlroute.routing.policy import Consistency, Demand, Intent, consistency_named, intent_named
 from sqlroute.routing.token import Token
 from sqlroute.runtime.limits import Limit
@@ -36,6 +36,8 @@ class Asking:
     _blocks: tuple[dict[str, Any], ...] = ()
     _written: Token = Token()
     _limit: Limit | None = None
+    refused_token: TokenError | None = None
+    """The last error by which a token that the session follows was refused."""
 
     def _ask(
         self,

@@ -57,7 +57,7 @@ _REFUSED = {
     "sslpassword": _SECRET,
     "target_session_attrs": "sqlroute observes which node is the primary; remove it",
 }
-_OWN_PARAMETERS = ("name", "zone", "weight", "discover")
+_OWN_PARAMETERS = ("name", "zone", "weight", "discover", "pooler")
 _PLACES = ("host", "port", "user", "password", "dbname")
 _SCHEMES = ("postgresql", "postgresql+psycopg", "postgres")
 _UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -173,6 +173,7 @@ def _described(node: Node) -> dict[str, Any]:
         "zone": node.zone,
         "weight": node.weight,
         "options": dict(node.options),
+        "pooler": node.pooler,
     }
 
 
@@ -646,6 +647,12 @@ def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
     if not _NODE_NAME.fullmatch(name):
         faults.append("name must be a text without spaces and '@'")
     zone = given.pop("zone", "")
+    pooler = given.pop("pooler", "")
+    if pooler not in ("", "transaction"):
+        faults.append(
+            f"pooler {pooler[:20]!r} is not known; write pooler=transaction, or leave it out for "
+            "none or one that gives a session a connection of its own"
+        )
     discover = given.pop("discover", "")
     if discover not in ("", "dns"):
         faults.append("discover must be dns: the host is a name of several servers")
@@ -663,6 +670,7 @@ def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
         zone=zone,
         weight=weight,
         options=tuple(given.items()),
+        pooler=pooler,
         discovers=bool(discover),
     )
     return node, []

@@ -16,7 +16,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Connection, Result
 from sqlalchemy.orm import QueryContext
 
-from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
+from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
 from sqlroute.events import Fallback, PlanChosen, Retried
 from sqlroute.references import write_everywhere
 from sqlroute.results import merged
@@ -161,6 +161,9 @@ def plan(
     described: Described,
     options: Mapping[str, Any],
     exclude: frozenset[str] = frozenset(),
+    *,
+    is_real: bool = True,
+    may_repeat: bool = False,
 ) -> tuple[Plan, list[dict[str, Any]] | None]:
     """Return the plan, and for an INSERT by rows its parameters with keys filled in."""
     demand = _demanded(session, options) if options else session._demand
@@ -172,18 +175,26 @@ def plan(
         and isinstance(declaration(insert), Sharded)
     ):
         filled, keys = keyed_rows(described.statement, described.parameters)
-    found = session._router.plan(
-        described,
-        session._affinity,
-        session._routes,
-        demand=demand,
-        keys=keys,
-        exclude=exclude,
-        limit=session._limit,
-    )
+    try:
+        found = session._router.plan(
+            described,
+            session._affinity,
+            session._routes,
+            demand=demand,
+            keys=keys,
+            exclude=exclude,
+            limit=session._limit,
+            is_real=is_real,
+            may_repeat=may_repeat,
+        )
+    except TokenError as error:
+        session.refused_token = error
+        raise
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s", found)
     listeners = session._router.listeners
+    if not is_real:
+        return found, filled
     if listeners.wants(PlanChosen):
         listeners.tell(PlanChosen(found))
     if listeners.wants(Fallback):
@@ -299,7 +310,7 @@ def _read(
     """Run a proved read in AUTOCOMMIT; where a node fails, run it once more on another."""
     session, shard = call.session, target.shard
     exclude: frozenset[str] = frozenset()
-    again = False
+    again, failures = False, 0
     while True:
         try:
             with session._routes.reading(
@@ -323,13 +334,16 @@ def _read(
                 options["sqlroute_role"] = "primary"
             elif _may_be_retried(error):
                 exclude |= {target.node}
+                failures += 1
             else:
                 raise
             session._router.listeners.tell(
                 Retried("read", shard, target.node, _line(error), len(exclude) or 1)
             )
             try:
-                target = plan(session, described, options, exclude)[0].target
+                # the first time only: else a conflict that lasts would be met for ever
+                found, _ = plan(session, described, options, exclude, may_repeat=failures == 1)
+                target = found.target
             except SQLRouteError as none_left:
                 raise none_left from error
             if target.in_transaction:
@@ -358,9 +372,7 @@ def _on_primary(
     shape.plans.clear()
     session._router.refused_writes += 1
     try:
-        target = session._router.primary_of(
-            refused.shard, session._affinity, session._routes, session._demand, session._limit
-        )
+        target = session._primary_of(refused.shard)
     except SQLRouteError as cannot:
         raise cannot from error
     return _write(call, target, token=token, scalar=call.scalar)

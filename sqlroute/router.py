@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -49,7 +52,14 @@ from sqlroute.routing.declare import declaration, shard_key
 from sqlroute.routing.functions import known
 from sqlroute.routing.plan import Plan, Target
 from sqlroute.routing.planner import Described, OldMap, Planner, map_of, plan, plan_rows
-from sqlroute.routing.policy import AUTOMATIC, Consistency, Demand, Policy
+from sqlroute.routing.policy import (
+    AUTOMATIC,
+    Consistency,
+    Demand,
+    Policy,
+    PoolLimits,
+    pool_limits,
+)
 from sqlroute.routing.rows import bucket_of_key
 from sqlroute.routing.target import (
     History,
@@ -63,11 +73,12 @@ from sqlroute.routing.token import Position, format_lsn
 from sqlroute.runtime.discovery import Discovery
 from sqlroute.runtime.engines import Engines
 from sqlroute.runtime.limits import Limit
+from sqlroute.runtime.usage import ProgramUsage
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
-    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
     from sqlroute.runtime.monitor import Monitor
@@ -111,12 +122,17 @@ class Router:
         self.policy = policy or Policy()
         self.planner = Planner(topology, known(self.policy))
         self._functions = FunctionReader(self.policy.connect_timeout)
+        self._usage = ProgramUsage(self._fit_pools)
+        self._turns: Mapping[str, Iterator[int]] = defaultdict(count)
+        self._process = _process()
         from sqlroute.runtime.monitor import Monitor  # asyncio and threads: not at import
 
         self.monitor: Monitor = Monitor(
             topology,
             interval=self.policy.probe_interval,
             deadline=self.policy.probe_deadline,
+            rate=self.policy.probe_rate,
+            usage=self._usage,
             on_health=self._health_changed,
             on_down=self._node_down,
         )
@@ -146,6 +162,8 @@ class Router:
                 is_async=flavour,
                 on_failure=self._node_failed,
                 on_stale_map=self._map_is_stale,
+                on_answer=self._usage.answered,
+                limits=self._limits,
             )
             for flavour in (False, True)
         }
@@ -289,7 +307,7 @@ class Router:
 
     # the way of a statement
 
-    def plan(
+    def plan(  # noqa: PLR0913 - each is a fact of this one execution
         self,
         described: Described,
         affinity: Affinity,
@@ -299,6 +317,8 @@ class Router:
         keys: list[Any] | None = None,
         exclude: frozenset[str] = frozenset(),
         limit: Limit | None = None,
+        is_real: bool = True,
+        may_repeat: bool = False,
     ) -> Plan:
         """Plan one execution, after the facts it needs were made sure of.
 
@@ -307,6 +327,8 @@ class Router:
             keys: the key of each row, for an INSERT into a sharded table.
             exclude: nodes that just failed this statement.
             limit: until when the session may wait.
+            is_real: it will be carried out, not only shown.
+            may_repeat: a node that has failed may be tried once more if nothing else is left.
 
         Raises:
             PlanError: it cannot be routed.
@@ -314,7 +336,9 @@ class Router:
             TopologyError: no node can take it now.
         """
         situation = self.situation(affinity, engines, demand, exclude)
-        situation.may_wait = True
+        situation.may_wait, situation.may_repeat = True, may_repeat
+        if is_real:
+            situation.admit = self._usage.admit
         waits: _Waits | None = None
         shape = described.shape.statement
         if shape.undecided and self.learn_functions(shape.keyspace, engines):
@@ -339,7 +363,9 @@ class Router:
             except (Question, OldMap) as question:
                 self._answer(question, situation, engines, limit)
             else:
-                if not found.epoch or self._confirmed(found, engines):
+                if self._is_awake(found, engines) and (
+                    not found.epoch or self._confirmed(found, engines)
+                ):
                     return found
             situation.renew(self.monitor.health, self._maps)
         raise ShardMapUnavailable(
@@ -412,6 +438,8 @@ class Router:
             demand,
             exclude,
             histories=self._histories,
+            process=self._process,
+            turns=self._turns,
         )
 
     def health(self, engines: Engines | None = None) -> Health:
@@ -432,7 +460,19 @@ class Router:
                 while health.primary(shard) is None and time.monotonic() < deadline:
                     time.sleep(0.05)  # a refused connection answers at once
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
+            self._usage.start(self.topology.keyspace_of_shard)
             self._has_looked = True
+
+    def _fit_pools(self, node: str) -> None:
+        """Give each pool of a node this process's part of what may be open there."""
+        for engines in self._engines.values():
+            engines.fit(node)
+
+    def _limits(self, node: str) -> PoolLimits:
+        known = self.monitor.health.nodes.get(node)
+        if known is None:
+            return pool_limits(self.policy, 0)
+        return pool_limits(self.policy, known.monitors, known.share)
 
     def _prove(
         self, question: Unproven, situation: Situation, engines: Engines, limit: Limit | None
@@ -548,6 +588,15 @@ class Router:
             found = History(newest, ends)
             self._histories = MappingProxyType({**self._histories, shard: found})
 
+    def _is_awake(self, found: Plan, engines: Engines) -> bool:
+        """See to it that what is known of the shards of a plan is not from before they idled."""
+        is_awake = True
+        for target in found.targets:
+            if self._usage.note(target.shard):
+                self._ask(engines, target.shard, self.policy.probe_deadline)
+                is_awake = False
+        return is_awake
+
     def _confirmed(self, found: Plan, engines: Engines) -> bool:
         """See to the lease: each shard of a plan must have confirmed the map it was made by."""
         lease = self.policy.map_lease
@@ -654,6 +703,17 @@ class Router:
         engines = self._engines[False]
         return engines.engine(self.primary_of(shard, Affinity(), engines).node)
 
+    def async_primary_engine(self, shard: str) -> AsyncEngine:
+        """Return the async engine of a shard's primary, for work beside sessions.
+
+        Raises:
+            NoPrimary: none is known.
+        """
+        self.topology.shard(shard)
+        engines = self._engines[True]
+        found: AsyncEngine = engines.async_engine(self.primary_of(shard, Affinity(), engines).node)
+        return found
+
     def primary_of(
         self,
         shard: str,
@@ -674,6 +734,9 @@ class Router:
         waits: _Waits | None = None
         situation = self.situation(affinity, engines, demand)
         situation.may_wait = affinity.read_only
+        if self._usage.note(shard):
+            self._ask(engines, shard, self.policy.probe_deadline)
+            situation.renew(self.monitor.health, self._maps)
         while True:
             try:
                 return bind_target(shard, situation, self._rng)
@@ -904,10 +967,16 @@ def _start_anew() -> None:
         router._has_looked, router._threads = False, None
         router._reloading = threading.Lock()
         router._discovery.forget()
+        router._process = _process()
         router._lock, router._starting = threading.Lock(), threading.Lock()
 
 
 os.register_at_fork(after_in_child=_start_anew)
+
+
+def _process() -> str:
+    """Return a name of this process among all that read from the same servers."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 class _Waits:

@@ -43,6 +43,7 @@ from sqlroute.errors import (
     NoPrimary,
     PlanError,
     SQLRouteError,
+    TokenError,
     UnknownName,
 )
 from sqlroute.execution import BIND, Call, execute, merge_of, plan
@@ -182,7 +183,7 @@ class RoutingMixin(Asking, _Base):
         """
         options = dict(getattr(statement, "_execution_options", {}))
         described = self._router.planner.describe(statement, parameters)
-        found, _ = plan(self, described, options)
+        found, _ = plan(self, described, options, is_real=False)
         return merge_of(self, described, found)[1] if found.tier is Tier.SCATTER else found
 
     # the first door: execute
@@ -260,10 +261,7 @@ class RoutingMixin(Asking, _Base):
         keyspace = topology.keyspace(name) if name else topology.default
         if not keyspace.is_sharded:
             return []
-        targets = [
-            self._router.primary_of(shard, self._affinity, self._routes, self._demand, self._limit)
-            for shard in keyspace.shard_names[1:]
-        ]
+        targets = [self._primary_of(shard) for shard in keyspace.shard_names[1:]]
         for target in targets:
             self._wrote(target.shard)
         return [self._enlisted(target) for target in targets]
@@ -404,12 +402,20 @@ class RoutingMixin(Asking, _Base):
         )
 
     def _primary_engine(self, shard: str) -> Engine:
-        target = self._router.primary_of(
-            shard, self._affinity, self._routes, self._demand, self._limit
-        )
+        target = self._primary_of(shard)
         self._check_enlistable(target)
         self._is_proved = target.is_proved
         return self._routes.engine(target.node)
+
+    def _primary_of(self, shard: str) -> Target:
+        """Return where a shard's writes go, see ``Router.primary_of``; note a refused token."""
+        try:
+            return self._router.primary_of(
+                shard, self._affinity, self._routes, self._demand, self._limit
+            )
+        except TokenError as error:
+            self.refused_token = error
+            raise
 
     def _check_enlistable(self, target: Target) -> None:
         """Refuse to write on a node that was a replica when the session began to stream from it.
@@ -504,13 +510,7 @@ class RoutingMixin(Asking, _Base):
         ):
             raise error
         try:
-            target = self._router.primary_of(
-                self._routes.shard_of(node),
-                self._affinity,
-                self._routes,
-                self._demand,
-                self._limit,
-            )
+            target = self._primary_of(self._routes.shard_of(node))
         except SQLRouteError as none:
             raise none from error
         if not target.is_primary:

@@ -48,9 +48,11 @@ class Node:
         name: unique in the topology, ``shard-host:port`` unless the URL names one (``?name=``).
         host, port, database, user: where and as whom to connect; empty means libpq's default.
         password: kept out of every output.
-        zone: where the node stands; empty if not said. Shown, not used for choosing yet.
-        weight: 0 means no reads. Other values do not change the share of reads yet.
+        zone: where the node stands; empty if not said. Programs of the same zone prefer it.
+        weight: its share of the reads among the replicas of its shard; 0 for none.
         options: further libpq parameters (``sslmode``, ``passfile``, ``service``...).
+        pooler: ``"transaction"`` where a pooler, as PgBouncer, stands before the server and gives
+            each transaction another connection: nothing may outlive a transaction there.
         discovers: the host is a name of several servers, see :meth:`Topology.discovered`.
     """
 
@@ -63,6 +65,7 @@ class Node:
     zone: str = ""
     weight: float = 1.0
     options: tuple[tuple[str, str], ...] = ()
+    pooler: str = ""
     discovers: bool = False
 
     def at(self, name: str, address: str) -> Node:

@@ -18,7 +18,7 @@ from sqlroute.topology import Node
 log = logging.getLogger("sqlroute.catalog")
 
 _QUERIES = (
-    "SELECT pg_read_file('pg_wal/' || lpad(upper(to_hex(%s)), 8, '0') || '.history')",
+    "SELECT pg_read_file('pg_wal/' || lpad(upper(to_hex(%s::int)), 8, '0') || '.history')",
     "SELECT sqlroute.timeline_history(%s)",
 )
 

@@ -19,7 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 
 from sqlroute.errors import StaleShardMap
-from sqlroute.routing.policy import Policy
+from sqlroute.routing.policy import Policy, PoolLimits
 from sqlroute.runtime.limits import Limit, waiting_for
 from sqlroute.runtime.scatter import cut
 from sqlroute.runtime.settings import with_begin
@@ -57,6 +57,8 @@ class Engines:
         is_async: bool,
         on_failure: DriverError,
         on_stale_map: Callable[[str], None],
+        on_answer: Callable[[str, float], None],
+        limits: Callable[[str], PoolLimits],
     ) -> None:
         self.is_async = is_async
         self.loads: dict[str, set[object]] = {}
@@ -65,6 +67,8 @@ class Engines:
         self._policy = policy
         self._on_failure = on_failure
         self._on_stale_map = on_stale_map
+        self.on_answer = on_answer
+        self._limits = limits
         self._observer: Observer | None = None
         self._engines: dict[str, Engine] = {}
         self._asyncs: dict[str, Any] = {}
@@ -130,6 +134,13 @@ class Engines:
                 self._observer = observer
                 for engine, name in self._names.items():
                     _observe(engine, name, observer)
+
+    def fit(self, node: str) -> None:
+        """Fit a node's pool to how many connections this process may have there now."""
+        engine = self._engines.get(node)
+        if engine is not None:
+            limits, pool = self._limits(node), engine.pool
+            pool.fit(limits.kept, limits.most)  # type: ignore[attr-defined]  # LimitedPool's
 
     def expire(self, node: str) -> None:
         """Have all pooled connections of a node replaced when they are next checked out.
@@ -197,15 +208,17 @@ class Engines:
         import sqlroute.runtime.dialect  # noqa: F401 - registers the dialect
         from sqlroute.runtime.pools import LimitedAsyncPool, LimitedPool
 
-        policy = self._policy
+        policy, limits = self._policy, self._limits(node.name)
         options: dict[str, Any] = {
-            "pool_size": policy.pool_size,
-            "max_overflow": policy.max_overflow,
+            "pool_size": max(limits.kept, 1),  # 0 would be any number
+            "max_overflow": -1 if limits.most < 0 else max(limits.most - limits.kept, 0),
             "pool_timeout": policy.pool_timeout,
             "pool_logging_name": node.name,
             "use_native_hstore": False,
             "connect_args": {"connect_timeout": max(1, round(policy.connect_timeout))},
         }
+        if node.pooler:  # what was prepared is on one server connection, and the next is another
+            options["connect_args"]["prepare_threshold"] = None
         url = _url(node)
         if self.is_async:
             from sqlalchemy.ext.asyncio import create_async_engine
@@ -243,7 +256,7 @@ class Engines:
 class Reading:
     """What :meth:`Engines.reading` returns; a generator would take three times as long."""
 
-    __slots__ = ("_connection", "_driver", "_engines", "_limit", "_node", "_settings")
+    __slots__ = ("_began", "_connection", "_driver", "_engines", "_limit", "_node", "_settings")
 
     def __init__(
         self, engines: Engines, node: str, settings: Mapping[str, str], limit: Limit | None
@@ -273,11 +286,14 @@ class Reading:
         except BaseException:
             self._give_back()
             raise
+        self._began = time.perf_counter()
         return connection
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._engines.answered[self._node] += 1
+            engines, node = self._engines, self._node
+            engines.answered[node] += 1
+            engines.on_answer(node, time.perf_counter() - self._began)
         self._give_back()
 
     def _give_back(self) -> None:

@@ -542,7 +542,12 @@ def _changes(old: Health, new: Health, shard: str) -> Iterator[tuple[int, str]]:
 def _new_hanging(old: Health, new: Health, shard: str) -> Iterator[str]:
     known = new.shards.get(shard)
     for name in known.members if known is not None else ():
-        if _hangs(new.nodes[name]) and not _hangs(old.nodes.get(name)):
+        node, before = new.nodes[name], old.nodes.get(name)
+        if new.topology.node(name).pooler:
+            # it keeps clients of a server that is gone waiting, and refuses new ones at once
+            if node.state is State.DOWN and (before is None or before.state is not State.DOWN):
+                yield name
+        elif _hangs(node) and not _hangs(before):
             yield name
 
 

@@ -38,6 +38,23 @@ class LimitedPool(QueuePool):
     def _timeout(self, seconds: float) -> None:
         self._patience = seconds
 
+    def fit(self, kept: int, most: int) -> None:
+        """Keep at most so many connections open, and open at most so many; -1 for any number.
+
+        From any thread. Those that are too many are closed when they come back.
+        """
+        kept, queue = max(kept, 1), self._pool  # 0 would be any number
+        overflow = -1 if most < 0 else max(most - kept, 0)
+        if (kept, overflow) == (queue.maxsize, self._max_overflow):
+            return
+        with self._overflow_lock:
+            self._overflow += queue.maxsize - kept  # it counts from the connections kept
+            self._max_overflow = overflow
+            for bounded in (queue, queue.__dict__.get("_queue")):  # asyncio's has its own bound
+                for name in ("maxsize", "_maxsize"):
+                    if bounded is not None and name in bounded.__dict__:
+                        setattr(bounded, name, kept)
+
     def _do_get(self) -> ConnectionPoolEntry:
         began = time.monotonic()
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +40,7 @@ SELECT current_setting('server_version_num')::int,
        has_function_privilege('pg_control_system()', 'EXECUTE'),
        has_function_privilege('pg_control_recovery()', 'EXECUTE')
        AND has_function_privilege('pg_control_checkpoint()', 'EXECUTE'),
-       set_config('lock_timeout', %s, false)
+       set_config('lock_timeout', %s, %s)
 FROM pg_database d WHERE d.datname = current_database()
 """
 
@@ -71,7 +71,8 @@ SELECT here.standby,
         WHERE n.nspname = 'sqlroute' AND c.relname = 'keyspace'
         AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')),
        {epoch},
-       {monitors}
+       {monitors},
+       extract(epoch FROM pg_postmaster_start_time())::float8
 FROM here
 """
 
@@ -121,6 +122,8 @@ class Probe:
         self._watched: int | None = None
         self._facts: _Facts | None = None
         self._life = 0
+        self._started = 0.0
+        self._lock_timeout = ""
         self._catalog: int | None = None
         self._unreadable_catalog: int | None = None
         self._monitors = 0
@@ -195,9 +198,12 @@ class Probe:
     ) -> Observation:
         connection, facts = connected
         asked = time.monotonic()
-        row = await self._query(connection, facts)
+        row: Sequence[Any] = await self._query(connection, facts)
         rtt = time.monotonic() - asked
+        *row, started = row
         standby, walfile, timeline, lsn, received, age, writable, catalog, epoch, monitors = row
+        if started != self._started:  # behind a pooler our connection outlives the server
+            self._started, self._life = started, next(_lives)
         if monitors is None:
             self._until_count -= 1
         else:
@@ -206,7 +212,7 @@ class Probe:
         if catalog != self._catalog:
             self._catalog = catalog
             if catalog is not None and epoch is None and catalog != self._unreadable_catalog:
-                epoch = (await self._query(connection, facts))[-2]
+                epoch = (await self._query(connection, facts))[-3]
         return Observation(
             node=self.node.name,
             at=sent,
@@ -237,7 +243,7 @@ class Probe:
         counts = self._until_count <= 0
         if self._catalog is not None and self._catalog != self._unreadable_catalog:
             try:
-                return await _row(
+                return await self._row(
                     connection,
                     _statement(facts.may_read_control_file, has_catalog=True, counts=counts),
                     (self._keyspace,),
@@ -246,10 +252,17 @@ class Probe:
                 pass
             except ProgrammingError:  # no such table, column or right: the classes 42 and 3F
                 self._unreadable_catalog = self._catalog
-        return await _row(
+        return await self._row(
             connection,
             _statement(facts.may_read_control_file, has_catalog=False, counts=counts),
         )
+
+    async def _row(
+        self, connection: AsyncConnection[Any], statement: str, values: tuple[Any, ...] = ()
+    ) -> tuple[Any, ...]:
+        if not self.node.pooler:
+            return await _row(connection, statement, values)
+        return await _row_of_transaction(connection, self._lock_timeout, statement, values)
 
     def _is_broken(self) -> bool:
         return self._connection is not None and self._connection.closed
@@ -258,12 +271,14 @@ class Probe:
         if self._connection is not None and self._facts is not None:
             return self._connection, self._facts
         connection = await _connection_class().connect(
-            **_parameters(self.node), autocommit=True, prepare_threshold=0
+            **_parameters(self.node),
+            autocommit=True,
+            prepare_threshold=None if self.node.pooler else 0,
         )
         self._connection = connection
         self._life = next(_lives)
-        lock_timeout = f"{max(1, round(deadline * 1000 / 4))}ms"
-        row = await _row(connection, _FACTS, (lock_timeout,))
+        self._lock_timeout = f"{max(1, round(deadline * 1000 / 4))}ms"
+        row = await _row(connection, _FACTS, (self._lock_timeout, bool(self.node.pooler)))
         version, by_code_point, may_identify, may_read_control_file, _ = row
         identifier = (await _row(connection, _IDENTIFIER))[0] if may_identify else 0
         self._facts = _Facts(version, by_code_point, identifier, may_read_control_file)
@@ -271,7 +286,7 @@ class Probe:
         # takes 20 times as long and would spoil the round-trip time.
         self._until_count = 0
         for counts in (False, True):
-            await _row(
+            await self._row(
                 connection, _statement(may_read_control_file, has_catalog=False, counts=counts)
             )
         return connection, self._facts
@@ -336,6 +351,24 @@ async def _row(
     return row
 
 
+async def _row_of_transaction(
+    connection: AsyncConnection[Any], lock_timeout: str, statement: str, values: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Do the same through a pooler, to whose connections nothing may stick.
+
+    Two commands as one simple query are one transaction, and the setting ends with it.
+    """
+    from psycopg import AsyncClientCursor, rows
+
+    setting = f"SELECT set_config('lock_timeout', '{lock_timeout}', true)"
+    async with AsyncClientCursor(connection, row_factory=rows.tuple_row) as cursor:
+        await cursor.execute(f"{setting}; {statement}".encode(), values)
+        cursor.nextset()
+        row = await cursor.fetchone()
+    assert row is not None
+    return row
+
+
 @cache
 def _connection_class() -> type[AsyncConnection[Any]]:
     """Return psycopg's class without its goodbye to a cancelled query.
@@ -347,7 +380,8 @@ def _connection_class() -> type[AsyncConnection[Any]]:
     from psycopg import AsyncConnection, waiting
 
     class ProbeConnection(AsyncConnection[Any]):
-        async def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
-            return await waiting.wait_async(gen, self.pgconn.socket, *args, **options)
+        async def wait(self, gen: Any, interval: float = 1.0, timeout: float | None = None) -> Any:
+            # psycopg's own default here is to look again at once, which is a busy loop
+            return await waiting.wait_async(gen, self.pgconn.socket, interval, timeout)
 
     return ProbeConnection

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sqlroute.errors import ConfigError, ForeignToken, TokenError
+from sqlroute.errors import ConfigError, ForeignToken
 from sqlroute.routing.policy import Consistency, Intent
 from sqlroute.routing.token import Token
 from sqlroute.web.carriage import Brought, Cookie, Header
@@ -79,22 +79,7 @@ class Exchange:
             Consistency.STRONG if strong and base.consistency is Consistency.SESSION else None,
             Intent.READING if self._reads_only and base.intent is Intent.AUTOMATIC else None,
         )
-        if brought.token:
-            for name in _DOORS:
-                setattr(session, name, self._noting(getattr(session, name)))
         self._adopted.append(session)
-
-    def _noting(self, door: Callable[..., Any]) -> Callable[..., Any]:
-        """Note a token that cannot be followed even if the application handles the error."""
-
-        def noting(*arguments: Any, **options: Any) -> Any:
-            try:
-                return door(*arguments, **options)
-            except TokenError:
-                self._refused = True
-                raise
-
-        return noting
 
     @property
     def _written(self) -> Token:
@@ -111,7 +96,8 @@ class Exchange:
         """
         self._told = written = self._written
         carry, brought = self._carry, self._brought
-        if self._refused or (brought.fault and not brought.is_expired):
+        refused = self._refused or any(s.refused_token is not None for s in self._adopted)
+        if refused or (brought.fault and not brought.is_expired):
             # forgetting it would let the next request read a state from before
             text = carry.text_of_strong()
         elif written and brought.is_strong and not brought.is_expired:
@@ -130,16 +116,9 @@ class Exchange:
     def finish(self) -> bool:
         """Let go of the sessions; say whether one has committed too late to tell the client."""
         is_late = self._told is not None and self._written != self._told
-        for session in self._adopted:
-            for name in _DOORS:
-                session.__dict__.pop(name, None)
         self._adopted.clear()
         self._told = None
         return is_late
-
-
-_DOORS = ("_execute_internal", "flush")
-"""Where sessions meet servers, and so may find that a token cannot be followed."""
 
 
 def exchange_of(request: Any) -> Exchange:

@@ -20,7 +20,6 @@ from models import Base, Country, Customer
 
 from sqlroute import Router
 from sqlroute.config import load
-from sqlroute.errors import ConfigError
 from sqlroute.health import State
 from sqlroute.local.node import LocalNode
 from sqlroute.local.topology import LocalTopology
@@ -34,11 +33,6 @@ pytestmark = [
     pytest.mark.skipif(
         shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin") is None,
         reason="pgbouncer is not installed",
-    ),
-    pytest.mark.xfail(
-        raises=ConfigError,
-        strict=True,
-        reason="a node cannot say yet that a pooler stands before it: ?pooler=transaction",
     ),
 ]
 

@@ -736,6 +736,7 @@ def test_describe_gives_json() -> None:
                                 "zone": "b",
                                 "weight": 1.0,
                                 "options": {"sslmode": "require"},
+                                "pooler": "",
                             }
                         ],
                     }

@@ -45,7 +45,7 @@ def make(router: Router, keys: tuple[str, ...] = ("a secret",), **options: Any) 
     sessions = router.async_sessionmaker(expire_on_commit=False)
     config = Config(
         session_maker=sessions,
-        engine_instance=router.engines(is_async=True).async_engine("s0-a"),  # for its commands
+        engine_instance=router.async_primary_engine("s0"),  # for its commands
         before_send_handler=options.pop("commit", None),
     )
     app = Litestar([rename, show, *_MORE], plugins=[SQLAlchemyInitPlugin(config)])
