@@ -455,12 +455,13 @@ class Router:
             if self._has_looked:
                 return
             self._discovery.start(self.policy.connect_timeout)
+            self._usage.start(self.topology.keyspace_of_shard)
             health = self.monitor.ready(self.policy.connect_timeout)
             for shard in self.topology.keyspace_of_shard:
                 while health.primary(shard) is None and time.monotonic() < deadline:
                     time.sleep(0.05)  # a refused connection answers at once
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
-            self._usage.start(self.topology.keyspace_of_shard)
+            self._usage.start(self.topology.keyspace_of_shard)  # the look may have taken long
             self._has_looked = True
 
     def _fit_pools(self, node: str) -> None:

@@ -321,12 +321,13 @@ class Monitor:
 class _Watched:
     """One node and the probe of it that is under way."""
 
-    __slots__ = ("asking", "node", "probe", "shard", "task", "wake")
+    __slots__ = ("asking", "is_used", "node", "probe", "shard", "task", "wake")
 
     def __init__(self, node: Node, shard: str, keyspace: str) -> None:
         self.node = node
         self.shard = shard
         self.wake = asyncio.Event()
+        self.is_used = True  # when its pause began
         self.probe = Probe(node, keyspace, on_wake=self.wake.set)
         self.asking: asyncio.Task[Observation] | None = None
         self.task: asyncio.Task[None] | None = None
@@ -441,11 +442,12 @@ class _Watcher:
 
     def _pause(self, watched: _Watched) -> float:
         usage = self._monitor._usage
+        watched.is_used = usage is None or usage.is_used(watched.shard)
         pause = probe_pause(
             self._health_of(watched),
             interval=self._monitor.interval,
             rate=self._monitor.rate,
-            is_used=usage is None or usage.is_used(watched.shard),
+            is_used=watched.is_used,
         )
         return pause * self._random.uniform(1 - JITTER, 1 + JITTER)
 
@@ -478,6 +480,9 @@ class _Watcher:
                 _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             _settle(asked)
             await asyncio.gather(*probes.values(), return_exceptions=True)
+            for watched in members:
+                if not watched.is_used:  # its pause is that of a shard that nobody uses
+                    watched.wake.set()
         finally:
             _settle(asked)
 

@@ -715,3 +715,46 @@ def _run_child(writer: int | None, work: Callable[[], str]) -> None:
     if writer is not None:
         os.write(writer, said.encode())
     os._exit(0)
+
+
+class SomeUse:
+    """A program that uses its shards, or does not."""
+
+    def __init__(self, is_used: bool) -> None:
+        self.is_now = is_used
+
+    def is_used(self, shard: str) -> bool:
+        return self.is_now
+
+    def take_answered(self, node: str) -> tuple[int, float]:
+        return 0, 0.0
+
+
+def test_a_shard_that_is_used_again_is_watched_again(
+    servers: LocalTopology, make_monitor: MakeMonitor
+) -> None:
+    """Its nodes are asked 20 times less often while nobody uses it; one question ends that."""
+    use = SomeUse(is_used=False)
+    nodes = [node_of(node) for node in servers.nodes]
+    monitor = make_monitor(nodes, usage=use)
+    monitor.ready(5)
+    seen = {monitor.health.of(node.name).seen_at for node in nodes}
+    time.sleep(5 * INTERVAL)
+    assert {monitor.health.of(node.name).seen_at for node in nodes} == seen
+    use.is_now = True
+    monitor.ask("s0", 1.0)
+    for _ in range(3):
+        before = monitor.health.of(nodes[0].name).seen_at
+        assert until(lambda at=before: monitor.health.of(nodes[0].name).seen_at > at) < 5 * INTERVAL
+
+
+def test_a_new_router_watches_from_the_start(servers: LocalTopology) -> None:
+    """All its shards count as used when it begins."""
+    from sqlroute import Router
+
+    with Router.from_config(servers.config_path) as router:
+        node = servers.nodes[0].name
+        router.health()
+        for _ in range(3):
+            before = router.monitor.health.of(node).seen_at
+            assert until(lambda at=before: router.monitor.health.of(node).seen_at > at) < 3
