@@ -23,11 +23,11 @@ test: $(VENV)/.installed
 
 # the tests that need servers, on another PostgreSQL: make test-pg15 PG15=/path/to/bin
 # test_stale_writes by itself: after all the others its replica on 15 once stayed behind for good,
-# which was not explained yet
+# which was not explained yet. tests/web ask of any server the same.
 PG15 ?= /usr/lib/postgresql/15/bin
 STALE := tests/integration/test_stale_writes.py
 test-pg15: $(VENV)/.installed
-	$(BIN)/python -m pytest -m servers --sqlroute-pg-bin=$(PG15) --ignore=$(STALE)
+	$(BIN)/python -m pytest -m servers --sqlroute-pg-bin=$(PG15) --ignore=$(STALE) --ignore=tests/web
 	$(BIN)/python -m pytest --sqlroute-pg-bin=$(PG15) $(STALE)
 
 check: $(VENV)/.installed
