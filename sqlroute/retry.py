@@ -124,8 +124,13 @@ def run(
     options: Mapping[str, Any],
 ) -> T:
     """Run a unit of work. See ``Router.run``."""
+    from sqlroute.session import RoutingSession
+
     _check_options(session, options)
-    work = _Work(router, fn, session, timeout, router.sessionmaker(**options), is_async=False)
+    given = dict(options)
+    # sessionmaker() would make a class each time, which takes longer than a session
+    make = partial(given.pop("class_", RoutingSession), router=router, **given)
+    work = _Work(router, fn, session, timeout, make, is_async=False)
     found: T = work.repeat(attempts, timeout)
     return found
 
@@ -142,11 +147,16 @@ async def arun(
     """Run a unit of work in this task. See ``Router.arun``."""
     from sqlalchemy.util import await_only, greenlet_spawn
 
+    from sqlroute.session import RoutingSession
+    from sqlroute.session_async import RoutingAsyncSession
+
     def call(session: Any) -> T:
         return await_only(fn(session))
 
     _check_options(session, options)
-    make = router.async_sessionmaker(**options)
+    given = {"sync_session_class": RoutingSession, **options}
+    kind = given.pop("class_", RoutingAsyncSession)
+    make = partial(kind, router=router, asynchronous=True, **given)
     work = _Work(router, call, session, timeout, make, is_async=True)
     found: T = await greenlet_spawn(work.repeat, attempts, timeout)
     return found
@@ -583,8 +593,8 @@ def _decided(transaction: str, connection: Any, _: Node) -> bool:
     """Return the decision, made now where none was: by the way of recovery."""
     from sqlroute.catalog import recovery
 
-    connection.execute(recovery._ABORT, (transaction,))
-    (aborted,) = connection.execute(recovery._DECISION, (transaction,)).fetchone()
+    connection.execute(recovery.ABORT, (transaction,))
+    (aborted,) = connection.execute(recovery.DECISION, (transaction,)).fetchone()
     return not aborted
 
 

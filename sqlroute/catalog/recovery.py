@@ -22,12 +22,12 @@ SELECT gid FROM pg_prepared_xacts
  WHERE database = current_database() AND gid LIKE %s
    AND prepared < now() - make_interval(secs => %s)
 """
-_ABORT = """
+ABORT = """
 INSERT INTO sqlroute.commit_record (transaction, aborted) VALUES (%s, true)
 ON CONFLICT (transaction) DO NOTHING
 """
 _TAKEN = ("42704", "55000")  # it does not exist any more, it is busy
-_DECISION = "SELECT aborted FROM sqlroute.commit_record WHERE transaction = %s"
+DECISION = "SELECT aborted FROM sqlroute.commit_record WHERE transaction = %s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,6 @@ def _finish(connection: Any, gid: str, verb: str) -> bool:
 
 def _decide(engine: Any, transaction: str) -> bool:
     with _connect(engine) as connection, connection.begin():
-        connection.exec_driver_sql(_ABORT, (transaction,))
-        aborted = connection.exec_driver_sql(_DECISION, (transaction,)).scalar_one()
+        connection.exec_driver_sql(ABORT, (transaction,))
+        aborted = connection.exec_driver_sql(DECISION, (transaction,)).scalar_one()
     return not aborted

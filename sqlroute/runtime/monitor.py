@@ -413,10 +413,11 @@ class _Watcher:
     async def _main(self) -> None:
         self.watch_topology()
         await self._stopped.wait()
-        await self._end(tuple(self._watched.values()))
-        for task in (*self._rounds, *self._ended):
+        under_way = (*self._rounds, *self._ended)
+        for task in under_way:  # first: a round that goes on may begin another probe
             task.cancel()
-        await asyncio.gather(*self._rounds, *self._ended, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._end(tuple(self._watched.values()))
 
     async def _end(self, ended: tuple[_Watched, ...]) -> None:
         tasks = [task for watched in ended for task in watched.tasks()]
@@ -470,10 +471,10 @@ class _Watcher:
         return observation
 
     async def _ask(self, shard: str, asked: Future[None]) -> None:
+        before = self._monitor.health
+        members = [w for w in self._watched.values() if w.shard == shard]
+        probes = {w.node.name: self.loop.create_task(self._fresh(w)) for w in members}
         try:
-            before = self._monitor.health
-            members = [w for w in self._watched.values() if w.shard == shard]
-            probes = {w.node.name: self.loop.create_task(self._fresh(w)) for w in members}
             awaited = {probes[name] for name in probes if not _hangs(before.nodes.get(name))}
             pending = awaited or set(probes.values())
             while pending and not self._has_promotion(before, shard):
@@ -485,6 +486,9 @@ class _Watcher:
                     watched.wake.set()
         finally:
             _settle(asked)
+            for probe in probes.values():
+                probe.cancel()
+            await asyncio.gather(*probes.values(), return_exceptions=True)
 
     async def _fresh(self, watched: _Watched) -> None:
         """Probe a node, not counting an answer to a question that was asked before this."""

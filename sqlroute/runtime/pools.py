@@ -12,6 +12,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, QueuePoo
 
 from sqlroute.errors import PoolExhausted
 from sqlroute.runtime.limits import waiting
+from sqlroute.runtime.scatter import is_useless
 
 SHOWN = 5
 """How many holders an error names, those that hold longest."""
@@ -72,6 +73,8 @@ class LimitedPool(QueuePool):
             record.close()
             self._dec_overflow()
             return
+        if is_useless(record.driver_connection):
+            record.close()  # the next who gets it opens it anew
         super()._do_return_conn(record)
 
     def _who(self, waited: float) -> str:

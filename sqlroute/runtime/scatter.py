@@ -170,11 +170,19 @@ def _cancel(branch: Branch) -> None:
 def cut(connection: Any) -> None:
     """Shut a psycopg connection's socket, so that whoever waits on it gets an error now."""
     with contextlib.suppress(OSError, Exception):
+        connection.sqlroute_cut = True
         duplicate = socket.socket(fileno=os.dup(connection.pgconn.socket))
         try:
             duplicate.shutdown(socket.SHUT_RDWR)
         finally:
             duplicate.close()
+
+
+def is_useless(connection: Any) -> bool:
+    """Say if a psycopg connection is closed, or was cut, which it notices at its next use only."""
+    return connection is not None and (
+        connection.closed or getattr(connection, "sqlroute_cut", False)
+    )
 
 
 def scatter_async(works: Sequence[Work], timeout: float) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The examples of README and docs/sessions.md run as they are printed, one after the other."""
+"""The examples of the README and of docs run as they are printed, one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(180)]
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("page", "shards"), [("README.md", 2), ("docs/sessions.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "shards"), [("README.md", 2), ("docs/sessions.md", 1), ("docs/failover.md", 1)]
+)
 def test_examples_run(
     page: str, shards: int, tmp_path: Path, sqlroute_topology_factory: TopologyFactory
 ) -> None:

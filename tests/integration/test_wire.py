@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
-from conftest import Shop
+from conftest import Shop, until
 from models import Customer
 from sqlalchemy import exc, select, update
 
@@ -271,8 +271,8 @@ class TestCommit:
             else:
                 pytest.fail("no commit has met another's unflushed WAL")
             (seen,) = session.token.positions
-            shop.settle()
-            assert shop.router.health().replicas("s0")[0].lsn >= seen.lsn
+            ask = router.monitor.ask
+            until(lambda: all(n.lsn >= seen.lsn for n in ask("s0", 1.0).replicas("s0")))
 
     @pytest.mark.parametrize("among_others", [0, 5])
     def test_a_failed_transaction_is_not_committed(
