@@ -70,10 +70,8 @@ from sqlroute.routing.target import (
     bind_target,
 )
 from sqlroute.routing.token import Position, format_lsn
-from sqlroute.runtime.discovery import Discovery
 from sqlroute.runtime.engines import Engines
 from sqlroute.runtime.limits import Limit
-from sqlroute.runtime.usage import ProgramUsage
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
 if TYPE_CHECKING:
@@ -122,10 +120,14 @@ class Router:
         self.policy = policy or Policy()
         self.planner = Planner(topology, known(self.policy))
         self._functions = FunctionReader(self.policy.connect_timeout)
+        # what a program needs when it makes a router, not when it imports one
+        from sqlroute.runtime.discovery import Discovery
+        from sqlroute.runtime.monitor import Monitor
+        from sqlroute.runtime.usage import ProgramUsage
+
         self._usage = ProgramUsage(self._fit_pools)
         self._turns: Mapping[str, Iterator[int]] = defaultdict(count)
         self._process = _process()
-        from sqlroute.runtime.monitor import Monitor  # asyncio and threads: not at import
 
         self.monitor: Monitor = Monitor(
             topology,
