@@ -69,6 +69,7 @@ class Engines:
         self._on_stale_map = on_stale_map
         self.on_answer = on_answer
         self._limits = limits
+        self.start_reading: Callable[[Any, Any], None]  # known when there is an engine
         self._observer: Observer | None = None
         self._engines: dict[str, Engine] = {}
         self._asyncs: dict[str, Any] = {}
@@ -205,8 +206,10 @@ class Engines:
             return self._engines[name]
 
     def _create(self, node: Node) -> tuple[Engine, Any]:
-        import sqlroute.runtime.dialect  # noqa: F401 - registers the dialect
+        from sqlroute.runtime.dialect import start_reading  # registers the dialect, too
         from sqlroute.runtime.pools import LimitedAsyncPool, LimitedPool
+
+        self.start_reading = start_reading
 
         policy, limits = self._policy, self._limits(node.name)
         options: dict[str, Any] = {
@@ -264,8 +267,6 @@ class Reading:
         self._engines, self._node, self._settings, self._limit = engines, node, settings, limit
 
     def __enter__(self) -> Connection:
-        from sqlroute.runtime.dialect import start_reading
-
         engine = self._engines.engine(self._node)
         if self._limit is None:
             connection = self._connection = engine.connect()
@@ -278,7 +279,7 @@ class Reading:
         # one step for the interpreter, where += is three: threads meet here
         self._engines.loads[self._node].add(driver)
         try:  # switching to AUTOCOMMIT may be cancelled
-            start_reading(fairy, driver)
+            self._engines.start_reading(fairy, driver)
             if self._limit is not None:
                 driver.sqlroute_limit = self._limit
             if self._settings:

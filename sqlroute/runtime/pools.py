@@ -64,7 +64,8 @@ class LimitedPool(QueuePool):
             raise
         except exc.TimeoutError as error:
             raise PoolExhausted(self._who(time.monotonic() - began)) from error
-        self._lent[found] = _caller(), time.monotonic()
+        who = _task() if self._is_asyncio else threading.get_ident()
+        self._lent[found] = who, time.monotonic()
         return found
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -96,15 +97,12 @@ class LimitedAsyncPool(LimitedPool, AsyncAdaptedQueuePool):
     """The same for async engines."""
 
 
-def _caller() -> Any:
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        task = None
-    return threading.get_ident() if task is None else task.get_name()
+def _task() -> Any:
+    task = asyncio.current_task()
+    return threading.get_ident() if task is None else task
 
 
 def _name(who: Any, threads: dict[int | None, str]) -> str:
-    if isinstance(who, str):
-        return f"task {who}"
+    if isinstance(who, asyncio.Task):
+        return f"task {who.get_name()}"
     return f"thread {threads.get(who, f'{who}, which has ended')}"
