@@ -193,7 +193,7 @@ class _Work:
             wait_random_exponential,
         )
 
-        from sqlroute.router import sleep
+        from sqlroute.runtime.waits import sleep
 
         jitter = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
         retrying = Retrying(
@@ -271,7 +271,7 @@ class _Work:
             UnknownCommit: nobody can tell.
             InDoubtCommit: it is committed, but on some shards not visible yet.
         """
-        from sqlroute.router import blocking
+        from sqlroute.runtime.waits import blocking
 
         limit = sync._limit if self._given is not None else None
         ends = self._ends if limit is None else min(self._ends, limit.at)

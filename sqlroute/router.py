@@ -7,7 +7,6 @@ that a plan may wait for: a replica proved fresh, and the lease of the shard map
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -16,7 +15,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -45,7 +44,7 @@ from sqlroute.events import (
     StatementDone,
     log_event,
 )
-from sqlroute.health import Health, NodeHealth, Role, State
+from sqlroute.health import Health, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
@@ -72,7 +71,9 @@ from sqlroute.routing.target import (
 from sqlroute.routing.token import Position, format_lsn
 from sqlroute.runtime.engines import Engines
 from sqlroute.runtime.limits import Limit
-from sqlroute.topology import Keyspace, ShardMap, Topology
+from sqlroute.runtime.news import changes, is_another
+from sqlroute.runtime.waits import Waits, answered, blocking, sleep
+from sqlroute.topology import Keyspace, ShardMap, Topology, differences
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -91,12 +92,6 @@ READ_ONLY = "25006"
 
 TRIES = 8
 """How often a statement is planned anew because servers or the shard map have changed."""
-
-LONGEST_PAUSE = 0.2
-"""Seconds between two looks of one caller at a shard that has no primary."""
-
-SHORTEST_LOOK = 0.02
-"""Seconds that a look at a shard is given at least."""
 
 SCATTER_THREADS = 64
 """Statements that sync sessions may have under way in scatters; more wait for a thread."""
@@ -204,7 +199,7 @@ class Router:
             from sqlroute.config import load
 
             source = load(self._source if source is None else source).topology
-        if faults := tuple(_differences(self.topology, source)):
+        if faults := tuple(differences(self.topology, source)):
             raise ConfigError(faults)
         self._discovery.declare(source)
         self._use(self._discovery.topology)
@@ -341,7 +336,7 @@ class Router:
         situation.may_wait, situation.may_repeat = True, may_repeat
         if is_real:
             situation.admit = self._usage.admit
-        waits: _Waits | None = None
+        waits: Waits | None = None
         shape = described.shape.statement
         if shape.undecided and self.learn_functions(shape.keyspace, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
@@ -354,7 +349,7 @@ class Router:
                 else:
                     found = plan_rows(described, keys, situation, self._rng)
             except NoPrimary as none:
-                waits = waits or _Waits(self._patience(none.shard), limit)
+                waits = waits or Waits(self._patience(none.shard), limit)
                 if not waits.goes_on(engines):
                     raise
                 self._ask(engines, none.shard, waits.left())
@@ -528,7 +523,7 @@ class Router:
 
         if not in_greenlet():
             return self.monitor.ask(shard, timeout)
-        await_only(_answered(self.monitor.asking(shard), timeout))
+        await_only(answered(self.monitor.asking(shard), timeout))
         return self.monitor.health
 
     def _patience(self, shard: str) -> float:
@@ -734,7 +729,7 @@ class Router:
             TokenError: what the session has seen is not there.
             NoPrimary: none is known, and asking all its nodes found none.
         """
-        waits: _Waits | None = None
+        waits: Waits | None = None
         situation = self.situation(affinity, engines, demand)
         situation.may_wait = affinity.read_only
         if self._usage.note(shard):
@@ -744,7 +739,7 @@ class Router:
             try:
                 return bind_target(shard, situation, self._rng)
             except NoPrimary:
-                waits = waits or _Waits(self._patience(shard), limit)
+                waits = waits or Waits(self._patience(shard), limit)
                 if not waits.goes_on(engines):
                     raise
                 self._ask(engines, shard, waits.left())
@@ -818,37 +813,11 @@ class Router:
             went_down = node.state is State.DOWN and (
                 before is None or before.state is not State.DOWN
             )
-            if went_down or (before is not None and _is_another(before, node)):
+            if went_down or (before is not None and is_another(before, node)):
                 for engines in self._engines.values():
                     engines.expire(name)
-        self._tell_of_changes(old, new)
-
-    def _tell_of_changes(self, old: Health, new: Health) -> None:
-        for name, now in new.nodes.items():
-            before = old.nodes.get(name)
-            if before is not None and _is_news(before, now):
-                reason = now.last_error if now.failures else ""
-                self.listeners.tell(
-                    NodeChanged(
-                        now.shard,
-                        name,
-                        before.state.value,
-                        now.state.value,
-                        now.role.value,
-                        now.timeline,
-                        reason,
-                        now.refused,
-                    )
-                )
-        for shard, is_now in new.shards.items():
-            was = old.shards.get(shard)
-            if was is not None and was is not is_now and was.primary != is_now.primary:
-                rivals = is_now.contenders if len(is_now.contenders) > 1 else ()
-                self.listeners.tell(
-                    PrimaryChanged(
-                        shard, was.primary, is_now.primary, is_now.highest_timeline, rivals
-                    )
-                )
+        for event in changes(old, new):
+            self.listeners.tell(event)
 
     def _node_down(self, node: str) -> None:
         """Cut the reads that wait for a node that hangs: they go on elsewhere."""
@@ -982,79 +951,6 @@ def _process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-class _Waits:
-    """One caller's wait for a primary: the first look at once, further ones with pauses."""
-
-    def __init__(self, patience: float, limit: Limit | None) -> None:
-        self._began = time.monotonic()
-        self._ends = self._began + patience
-        if limit is not None:
-            self._ends = min(self._ends, limit.at)
-        self._pause = 0.0
-
-    def left(self) -> float:
-        return max(self._ends - time.monotonic(), SHORTEST_LOOK)
-
-    def goes_on(self, engines: Engines) -> bool:
-        """Pause, and say whether to look once more."""
-        pause = self._pause
-        if pause:
-            if time.monotonic() >= self._ends:
-                return False
-            sleep(engines, min(pause, self.left()))
-        self._pause = min(2 * pause + 0.01, LONGEST_PAUSE)
-        return True
-
-
-def _differences(old: Topology, new: Topology) -> Iterator[str]:
-    """Yield what a reload may not change."""
-    if [k.name for k in old.keyspaces] != [k.name for k in new.keyspaces]:
-        yield "keyspaces: names and order cannot change while the router runs; make a new one"
-        return
-    for before, now in zip(old.keyspaces, new.keyspaces, strict=True):
-        path = f"keyspaces.{now.name}"
-        if before.buckets != now.buckets:
-            yield f"{path}.buckets: is {before.buckets} for life, not {now.buckets}"
-        if before.shard_names != now.shard_names:
-            yield (
-                f"{path}.shards: {', '.join(before.shard_names)} cannot become "
-                f"{', '.join(now.shard_names)} while the router runs; make a new one"
-            )
-
-
-async def _answered(asked: Future[None], timeout: float) -> None:
-    import asyncio
-
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(asked)), timeout)
-
-
-def _is_another(before: NodeHealth, now: NodeHealth) -> bool:
-    known = before.role is not Role.UNKNOWN and now.role is not Role.UNKNOWN
-    return known and (before.role is not now.role or 0 < before.timeline != now.timeline)
-
-
-def _is_news(before: NodeHealth, now: NodeHealth) -> bool:
-    return before is not now and (
-        before.state is not now.state
-        or before.role is not now.role
-        or before.refused != now.refused
-    )
-
-
-def sleep(engines: Engines, seconds: float) -> None:
-    """Let time pass: of this thread, or of this task alone under AsyncSession."""
-    from sqlalchemy.util import await_only
-    from sqlalchemy.util.concurrency import in_greenlet
-
-    if engines.is_async and in_greenlet():
-        import asyncio
-
-        await_only(asyncio.sleep(seconds))
-    else:
-        time.sleep(seconds)
-
-
 def _check_reached(token: Position | None, health: Health, since: float) -> None:
     """Refuse a token that its shard has never got to: of a state that a restored backup undid.
 
@@ -1075,20 +971,3 @@ def _check_reached(token: Position | None, health: Health, since: float) -> None
 def _is_unflushed(position: Position, health: Health) -> bool:
     primary = health.primary(position.shard)
     return primary is not None and position.lsn > primary.lsn
-
-
-def blocking(engines: Engines, function: Callable[..., T], *arguments: Any) -> T:
-    """Call what blocks: here in a sync program, in a thread under AsyncSession.
-
-    Where an async program calls a plain method, such as ``AsyncSession.get_bind``, it is called
-    here, too: at most once per process, for the first look at the servers.
-    """
-    from sqlalchemy.util import await_only
-    from sqlalchemy.util.concurrency import in_greenlet
-
-    if not engines.is_async or not in_greenlet():
-        return function(*arguments)
-    import asyncio
-
-    found: T = await_only(asyncio.to_thread(function, *arguments))
-    return found

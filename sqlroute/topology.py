@@ -242,6 +242,22 @@ class ShardMap:
         return cls(keyspace.name, tuple(names[i % len(names)] for i in range(keyspace.buckets)))
 
 
+def differences(old: Topology, new: Topology) -> Iterator[str]:
+    """Yield what may not change while a router runs, each with its path in the configuration."""
+    if [k.name for k in old.keyspaces] != [k.name for k in new.keyspaces]:
+        yield "keyspaces: names and order cannot change while the router runs; make a new one"
+        return
+    for before, now in zip(old.keyspaces, new.keyspaces, strict=True):
+        path = f"keyspaces.{now.name}"
+        if before.buckets != now.buckets:
+            yield f"{path}.buckets: is {before.buckets} for life, not {now.buckets}"
+        if before.shard_names != now.shard_names:
+            yield (
+                f"{path}.shards: {', '.join(before.shard_names)} cannot become "
+                f"{', '.join(now.shard_names)} while the router runs; make a new one"
+            )
+
+
 def _of_names(shard: Shard, addresses: Mapping[str, tuple[str, ...]]) -> Iterator[Node]:
     for node in shard.nodes:
         known = addresses.get(node.host, ()) if node.discovers else ()
