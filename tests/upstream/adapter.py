@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from concurrent.futures import Future
 from typing import Any
 
 from sqlalchemy import event
@@ -19,8 +20,9 @@ from sqlalchemy.orm import Session
 from sqlroute import Router
 from sqlroute.execution import BIND
 from sqlroute.health import Health, Observation, observe
-from sqlroute.routing.policy import Policy
+from sqlroute.routing.policy import Policy, pool_limits
 from sqlroute.routing.token import Position, Token, parse_lsn
+from sqlroute.runtime.dialect import start_reading
 from sqlroute.runtime.engines import Engines
 from sqlroute.session import RoutingMixin, _after_begin, _after_commit, _after_transaction_end
 from sqlroute.topology import Keyspace, Node, Secret, Shard, Topology
@@ -61,6 +63,13 @@ class _SameServer:
             self.health = observe(self.health, observation, now)
         return self.health
 
+    def asking(self, shard: str) -> Future[None]:
+        """The answer is there."""
+        self.ask(shard, 0.0)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
     def report_failure(self, node: str, error: object) -> None:
         """A test that breaks its connection breaks no server."""
 
@@ -90,8 +99,11 @@ class GivenEngines(Engines):
             is_async=is_async,
             on_failure=lambda *_: False,
             on_stale_map=lambda _: None,
+            on_answer=lambda *_: None,
+            limits=lambda _: pool_limits(POLICY, 0),
         )
         self._given = given
+        self.start_reading = start_reading
 
     def _create(self, node: Node) -> tuple[Engine, Any]:
         assert self._given is not None
@@ -108,6 +120,7 @@ class GivenRouter(Router):
     def __init__(self, given: Engine | None = None) -> None:
         super().__init__(TOPOLOGY, POLICY)
         self.monitor = _monitor
+        self._usage.start(TOPOLOGY.keyspace_of_shard)
         self._has_looked = True
         engines = GivenEngines(given)
         self._engines = {False: engines, True: engines}
