@@ -288,6 +288,7 @@ class RoutingMixin(Asking, _Base):
             self._stale.flushed()
 
     @property
+    # SQLAlchemy declares an attribute; it reads it anew for each flush
     def connection_callable(self) -> Any:  # type: ignore[override]
         """Ask per object, while a flush writes objects and not what its listeners execute.
 
@@ -329,6 +330,7 @@ class RoutingMixin(Asking, _Base):
         tables = state.mapper.tables
         declared = next((t for t in tables if declaration(t) is not None), None)
         keyspace = self._router.topology.default
+        # it was chosen because it has a declaration
         if declared is not None and (name := declaration(declared).keyspace):  # type: ignore[union-attr]
             keyspace = self._router.topology.keyspace(name)
         if not keyspace.is_sharded:
@@ -609,6 +611,7 @@ class RoutingMixin(Asking, _Base):
         self._stale.before_copy(states, self._connection_of_state)
         super().bulk_save_objects(objects, *arguments, **options)
 
+    # fewer parameters by name: what is only handed on is in options
     def _identity_lookup(  # type: ignore[override]
         self, mapper: Any, primary_key_identity: Any, identity_token: Any = None, **options: Any
     ) -> Any:

@@ -218,6 +218,7 @@ class CommitGroup:
             return commit_with_lsn(connection)
         except Exception as error:
             if status == _IN_TRANSACTION and is_lost(connection):
+                # a note on psycopg's own error, which SQLAlchemy wraps as ever: no type declares it
                 error.sqlroute_doubt = Doubt(shard, identity)  # type: ignore[attr-defined]
                 error.add_note(
                     f"the answer to COMMIT on shard {shard} was lost: it may have been done or not;"
@@ -334,6 +335,7 @@ class CommitGroup:
                 if getattr(error, "sqlstate", None) != _GONE:
                     left.append(shard)
         if left:
+            # a note on somebody else's error, as above
             cause.sqlroute_prepared = Prepared(  # type: ignore[attr-defined]
                 _designated_of(gids), _transaction_of(gids), tuple(left)
             )
