@@ -16,11 +16,12 @@ import difflib
 import math
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -28,6 +29,17 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from sqlroute.errors import ConfigError
+from sqlroute.operations import (
+    PLACEHOLDERS,
+    Command,
+    DriverSpec,
+    Operations,
+    Operator,
+    address,
+    filled,
+    is_pattern,
+    unknown_placeholders,
+)
 from sqlroute.routing.policy import Balancing, Consistency, Policy
 from sqlroute.topology import Keyspace, Node, Secret, Shard, Topology
 
@@ -79,6 +91,8 @@ _AUTHORITY = re.compile(
     r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]@]*))(?::(?P<port>[^@]*))?"
 )
 
+_NOTHING = Operations()
+
 _Path: TypeAlias = tuple[str | int, ...]
 
 
@@ -88,11 +102,13 @@ class Settings:
 
     Attributes:
         path: the file it was read from, ``None`` for a dict.
+        operations: what operators' commands need; routers do not.
     """
 
     topology: Topology
     policy: Policy
     path: Path | None = None
+    operations: Operations = _NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +175,31 @@ def describe(settings: Settings) -> dict[str, Any]:
             }
             for keyspace in settings.topology.keyspaces
         ],
+        "operator": _described_operator(settings.operations.operator),
+        "drivers": [_described_driver(spec) for spec in settings.operations.drivers],
+    }
+
+
+def _described_operator(operator: Operator) -> dict[str, Any]:
+    return {
+        "user": operator.user,
+        "password": None if operator.password is None else str(operator.password),
+        "passfile": operator.passfile,
+        "database": operator.database,
+    }
+
+
+def _described_driver(spec: DriverSpec) -> dict[str, Any]:
+    """Return what is said of a driver; of the user's commands only which programs they are."""
+    said = {
+        name: getattr(spec, name)
+        for name in _DriverTable.model_fields
+        if getattr(spec, name) != _DRIVER_DEFAULTS[name]
+    }
+    return {
+        "nodes": spec.pattern,
+        "kind": spec.kind,
+        **{k: str(v) if isinstance(v, Command) else v for k, v in said.items() if k != "kind"},
     }
 
 
@@ -316,6 +357,71 @@ def _power_of_two(value: int) -> int:
     return value
 
 
+def _template(value: str) -> str:
+    if not value.isprintable():
+        raise PydanticCustomError("rule", "has a control character")
+    if unknown := unknown_placeholders(value):
+        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise PydanticCustomError(
+            "rule",
+            "{unknown} stands for nothing; known: {known}",
+            {"unknown": f"{{{unknown[0]}}}", "known": known},
+        )
+    return value
+
+
+def _word(value: str) -> str:
+    if not value or value.startswith("-") or " " in value:
+        raise PydanticCustomError("rule", "must be one word that does not begin with '-'")
+    return value
+
+
+def _directory(value: str) -> str:
+    if not value.startswith("/"):
+        raise PydanticCustomError("rule", "must be a whole path, beginning with '/'")
+    return value.rstrip("/") or "/"
+
+
+def _address(value: str) -> str:
+    try:
+        address(filled(value, dict.fromkeys(PLACEHOLDERS, "1")), 5432)
+    except ValueError:
+        raise PydanticCustomError("rule", "must be host:port") from None
+    return value
+
+
+def _words(value: str) -> str:
+    _split_words(value)
+    return value
+
+
+def _command(value: object) -> object:
+    """Return a command written as one text, as for a shell, or as a list of words."""
+    words = _split_words(value) if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise PydanticCustomError("rule", "must be a command, as one text or a list of words")
+    if not words or not words[0].strip():
+        raise PydanticCustomError("rule", "is empty; name a program")
+    for word in words:
+        _template(word)
+    return Command(tuple(Secret(word) for word in words))
+
+
+def _split_words(value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError as exc:
+        raise PydanticCustomError(
+            "rule", "cannot be split into words: {why}", {"why": str(exc).lower()}
+        ) from None
+
+
+_Template = Annotated[str, AfterValidator(_template)]
+_Word = Annotated[_Template, AfterValidator(_word)]
+_Directory = Annotated[_Template, AfterValidator(_directory)]
+_Address = Annotated[_Template, AfterValidator(_address)]
+_Words = Annotated[_Template, AfterValidator(_words)]
+_Command = Annotated[Any, BeforeValidator(_command)]
 _Seconds = Annotated[float, BeforeValidator(_seconds)]
 _SomeSeconds = Annotated[_Seconds, AfterValidator(_more_than_nothing)]
 _Number = Annotated[float, BeforeValidator(_number)]
@@ -353,6 +459,7 @@ class _PolicyTable(_Table):
     pool_timeout: _Seconds = _DEFAULTS.pool_timeout
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
     primary_wait: _Seconds = _DEFAULTS.primary_wait
+    max_held: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.max_held
     deadline: _SomeSeconds | None = _DEFAULTS.deadline
     allow_functions: _Functions = _DEFAULTS.allow_functions
     deny_functions: _Functions = _DEFAULTS.deny_functions
@@ -368,9 +475,59 @@ class _KeyspaceTable(_Table):
     shards: list[_ShardTable] = Field(min_length=1)
 
 
+class _OperatorTable(_Table):
+    user: str = ""
+    password: str = ""
+    passfile: str = ""
+    database: str = ""
+
+
+class _DriverTable(_Table):
+    kind: Literal["local", "docker", "ssh", "program", "hook"]
+    advertise: _Address = ""
+    data: _Directory = ""
+    bin: _Directory = ""
+    account: _Word = ""
+    log: _Directory = ""
+    options: _Words = ""
+    config: _Directory = ""
+    host: _Word = ""
+    user: _Word = ""
+    port: Annotated[_Whole, Field(ge=1)] | None = None
+    sudo: _Word = ""
+    unit: _Word = ""
+    ssh_options: tuple[_Template, ...] = ()
+    container: _Word = ""
+    docker: _Word = "docker"
+    stop: _Command | None = None
+    start: _Command | None = None
+    kill: _Command | None = None
+    status: _Command | None = None
+    fence: _Command | None = None
+    unfence: _Command | None = None
+    hook_timeout: _SomeSeconds = 30.0
+
+
+_DRIVER_DEFAULTS = {name: each.default for name, each in _DriverTable.model_fields.items()}
+_OF_ALL = {"kind", "advertise", "fence", "unfence", "hook_timeout"}
+_OF_DATA = {"data", "bin", "config"}
+_OF_KIND = {
+    "local": _OF_ALL | _OF_DATA | {"account", "log", "options"},
+    "docker": _OF_ALL | _OF_DATA | {"account", "container", "docker"},
+    "ssh": _OF_ALL | _OF_DATA
+    | {"log", "options", "host", "user", "port", "sudo", "unit", "ssh_options"},
+    "program": _OF_ALL,
+    "hook": _OF_ALL | {"stop", "start", "kill", "status"},
+}  # fmt: skip
+_NEEDED = {"local": ("data",), "docker": ("container",), "ssh": ("data",)}
+_HOOKS = ("stop", "start", "kill", "fence")
+
+
 class _Document(_Table):
     policy: _PolicyTable = _PolicyTable()
     keyspaces: dict[str, _KeyspaceTable] = Field(min_length=1)
+    operator: _OperatorTable = _OperatorTable()
+    drivers: dict[str, _DriverTable] = {}
 
 
 class _Environment(BaseSettings):
@@ -397,6 +554,8 @@ def _check(
     nodes, node_faults = _check_nodes(filled, unfilled)
     faults += [fault for fault in form_faults if fault.path not in unfilled]
     faults += node_faults
+    if document is not None and not node_faults:
+        faults += _driver_faults(document.drivers, [node.name for node in nodes.values()])
     if document is None or faults:
         return faults
     keyspaces = tuple(
@@ -404,7 +563,41 @@ def _check(
         for name, table in document.keyspaces.items()
     )
     policy = Policy(**{name: getattr(document.policy, name) for name in _PolicyTable.model_fields})
-    return Settings(Topology(keyspaces), policy, path)
+    return Settings(Topology(keyspaces), policy, path, _operations(document))
+
+
+def _operations(document: _Document) -> Operations:
+    table = document.operator
+    operator = Operator(
+        user=table.user,
+        password=Secret(table.password) if table.password else None,
+        passfile=table.passfile,
+        database=table.database,
+    )
+    drivers = []
+    for pattern, each in document.drivers.items():
+        values = {name: getattr(each, name) for name in _DriverTable.model_fields}
+        drivers.append(DriverSpec(pattern, **values))
+    return Operations(operator, tuple(drivers))
+
+
+def _driver_faults(tables: Mapping[str, _DriverTable], nodes: Sequence[str]) -> Iterator[_Fault]:
+    for name, table in tables.items():
+        path: _Path = ("drivers", name)
+        if name not in nodes and not is_pattern(name):
+            yield _Fault(
+                path,
+                f"no node has this name{_guess(name, nodes)}; a name with * stands for all nodes "
+                "like it, those that are added later too",
+            )
+        given = {key for key in table.model_fields_set if getattr(table, key) not in (None, ())}
+        for key in sorted(given - _OF_KIND[table.kind]):
+            yield _Fault((*path, key), f"is nothing of a driver of kind {table.kind}")
+        for key in _NEEDED.get(table.kind, ()):
+            if not getattr(table, key):
+                yield _Fault((*path, key), f"is missing: a driver of kind {table.kind} needs it")
+        if table.kind == "hook" and not given.intersection(_HOOKS):
+            yield _Fault(path, f"has no command; add one of {', '.join(_HOOKS)}")
 
 
 def _shards(
@@ -449,6 +642,8 @@ def _explained(error: ErrorDetails, shown: str) -> str:
     match error["type"]:
         case "rule":
             return value + error["msg"]
+        case "literal_error":
+            return f"{value}must be one of {context['expected']}"
         case "missing":
             return "is missing" + _example(error["loc"])
         case "extra_forbidden":
@@ -493,6 +688,10 @@ def _known(place: _Path) -> Iterable[str]:
             return _KeyspaceTable.model_fields
         case ("keyspaces", _, "shards", _, _):
             return _ShardTable.model_fields
+        case ("operator", _):
+            return _OperatorTable.model_fields
+        case ("drivers", _, _):
+            return _DriverTable.model_fields
         case _:
             return _Document.model_fields
 
@@ -520,7 +719,9 @@ def _shown_value(written: Mapping[str, Any], place: _Path) -> str:
             value = value[step]
         except (LookupError, TypeError):
             return ""
-    if not isinstance(value, str | int | float) or "nodes" in place:
+    if not isinstance(value, str | int | float) or "nodes" in place or place[0] == "operator":
+        return ""
+    if place[0] == "drivers" and place[-1] not in ("kind", "port", "hook_timeout"):
         return ""
     text = repr(value)
     return "" if "://" in text or "@" in text or len(text) > 60 else text

@@ -28,6 +28,9 @@
          ├─ DeadlineExceeded            a scatter outlived its deadline; names the shards
          ├─ InDoubtCommit               a two-phase commit whose second phase is unfinished
          ├─ UnknownCommit               the answer to COMMIT was lost, its outcome stays unknown
+         ├─ OperationRefused            an operator's command would do harm; nothing was changed
+         ├─ OperationFailed             an operator's command ended midway; says how it goes on
+         ├─ DriverError                 a node's machine did not do what its driver asked
          ├─ LocalTopologyError          the local topology cannot be started, or is not there
          └─ CatalogError                the sqlroute schema is missing or too old
 
@@ -265,6 +268,51 @@ class UnknownCommit(SQLRouteError):
 
     def __init__(self, message: str, shard: str = "") -> None:
         self.shard = shard
+        super().__init__(message)
+
+
+class OperationRefused(SQLRouteError):
+    """An operator's command was refused before it changed anything.
+
+    Attributes:
+        reasons: one text per reason, each with the way out.
+    """
+
+    def __init__(self, reasons: tuple[str, ...] | str) -> None:
+        self.reasons = (reasons,) if isinstance(reasons, str) else reasons
+        super().__init__("; ".join(self.reasons))
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The reasons, one line each."""
+        return self.reasons
+
+
+class OperationFailed(SQLRouteError):
+    """A step of an operator's command failed.
+
+    Attributes:
+        operation: its id, by which it is resumed or aborted; empty where there is none.
+        step: the step that failed; empty if none had begun.
+    """
+
+    def __init__(self, message: str, *, operation: str = "", step: str = "") -> None:
+        self.operation = operation
+        self.step = step
+        super().__init__(message)
+
+
+class DriverError(SQLRouteError):
+    """The machine of a node could not be reached beside SQL, or did not do what was asked.
+
+    Attributes:
+        node: its name.
+        exit_code: of the program that failed; ``None`` where none has ended.
+    """
+
+    def __init__(self, message: str, *, node: str = "", exit_code: int | None = None) -> None:
+        self.node = node
+        self.exit_code = exit_code
         super().__init__(message)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -384,6 +385,17 @@ def _config(topology: LocalTopology, keyspace: str) -> str:
     for shard in topology.shards:
         urls = ", ".join(f'"{node.url}"' for node in shard.nodes)
         lines += [f"[[keyspaces.{keyspace}.shards]]", f'name = "{shard.name}"', f"nodes = [{urls}]"]
+    # One driver for all: `sqlroute replica add` puts its new nodes into the same directory.
+    driver = {
+        "kind": "local",
+        "data": f"{topology.directory / _NODES}/{{name}}",
+        "bin": str(topology.nodes[0].pg_bin),
+        "log": f"{topology.directory / _LOGS}/{{name}}.log",
+        "options": "-p {port} -c cluster_name={name}",
+    }
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in driver.items()}
+    said = ", ".join(f"{key} = {text}" for key, text in texts.items())
+    lines += ["", "[drivers]", f'"*" = {{ {said} }}']
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(sqlroute.__file__).parent
 ORDER = [
     {"errors", "events"},
     {"topology"},
-    {"health"},
+    {"health", "operations"},
     {"routing"},
     {"config"},
     {"runtime"},
@@ -33,6 +33,7 @@ ORDER = [
         "session",
         "session_async",
         "local",
+        "ops",
     },
     {"web", "ext", "testing", "demo"},
     {"cli"},

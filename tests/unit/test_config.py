@@ -19,6 +19,7 @@ from psycopg import pq
 from sqlroute import config
 from sqlroute.config import LIBPQ_PARAMETERS, Settings, describe, load
 from sqlroute.errors import ConfigError
+from sqlroute.operations import Command, DriverSpec, Operations, Operator
 from sqlroute.routing.policy import Consistency, Policy
 from sqlroute.topology import Node, Secret
 
@@ -703,6 +704,101 @@ def test_functions_are_lists_of_names() -> None:
     assert policy.deny_functions == ("audit", "app.log")
 
 
+# Operators and drivers
+
+
+def operated(drivers: object = None, **operator: object) -> dict[str, Any]:
+    """Return a configuration of two nodes, s0-a and s0-b, with these tables."""
+    nodes = [f"postgresql://db-{letter}/shop?name=s0-{letter}" for letter in "ab"]
+    tables = {"operator": operator} if operator else {}
+    return {**shop(*nodes), **tables, **({} if drivers is None else {"drivers": drivers})}
+
+
+def test_drivers_and_the_operator_are_read() -> None:
+    source = operated(
+        {
+            "s0-a": {"kind": "local", "data": "/data/", "options": "-p 5433", "advertise": "a:1"},
+            "*": {
+                "kind": "ssh",
+                "data": "/data/{name}",
+                "unit": "pg@{port}",
+                "port": 2222,
+                "ssh_options": ["-i", "key"],
+                "fence": ["fence", "{node}"],
+                "hook_timeout": "1min",
+            },
+        },
+        user="postgres",
+        password="${PW}",
+        database="postgres",
+    )
+
+    found = load(source, environ={"PW": PASSWORD}).operations
+
+    assert found.operator == Operator("postgres", Secret(PASSWORD), "", "postgres")
+    own, like = found.drivers
+    assert own == DriverSpec("s0-a", "local", data="/data", options="-p 5433", advertise="a:1")
+    assert (like.pattern, like.unit, like.port, like.hook_timeout) == ("*", "pg@{port}", 2222, 60.0)
+    assert like.ssh_options == ("-i", "key")
+    assert like.fence == Command((Secret("fence"), Secret("{node}")))
+    assert load(operated(), environ={}).operations == Operations()
+
+
+LOCAL = {"kind": "local", "data": "/data"}
+
+
+@pytest.mark.parametrize(
+    ("drivers", "fault"),
+    [
+        ({"s0-c": LOCAL}, "drivers.s0-c: no node has this name; did you mean s0-"),
+        ({"zz": LOCAL}, "drivers.zz: no node has this name; known: s0-a, s0-b; a name with *"),
+        ({"s0-a": {"data": "/x"}}, "drivers.s0-a.kind: is missing"),
+        ({"s0-a": {"kind": "locl"}}, "drivers.s0-a.kind: 'locl' must be one of 'local', 'docker'"),
+        ({"s0-a": {"kind": "local"}}, "drivers.s0-a.data: is missing: a driver of kind local"),
+        ({"s0-a": {"kind": "docker"}}, "drivers.s0-a.container: is missing"),
+        ({"s0-a": {**LOCAL, "unit": "x"}}, "drivers.s0-a.unit: is nothing of a driver of kind"),
+        ({"s0-a": {**LOCAL, "dat": "x"}}, "drivers.s0-a.dat: unknown setting; did you mean data?"),
+        ({"s0-a": {**LOCAL, "data": "x"}}, "drivers.s0-a.data: must be a whole path"),
+        ({"s0-a": {**LOCAL, "log": "/{nam}"}}, "drivers.s0-a.log: {nam} stands for nothing; known"),
+        ({"s0-a": {**LOCAL, "options": "'"}}, "drivers.s0-a.options: cannot be split into words"),
+        ({"s0-a": {**LOCAL, "advertise": "a:b"}}, "drivers.s0-a.advertise: must be host:port"),
+        ({"s0-a": {**LOCAL, "account": "-x"}}, "drivers.s0-a.account: must be one word"),
+        ({"s0-a": {**LOCAL, "fence": ""}}, "drivers.s0-a.fence: is empty; name a program"),
+        ({"s0-a": {**LOCAL, "fence": "f 'x"}}, "drivers.s0-a.fence: cannot be split into words"),
+        ({"s0-a": {**LOCAL, "fence": 5}}, "drivers.s0-a.fence: must be a command"),
+        ({"s0-a": {**LOCAL, "fence": "f {nod}"}}, "drivers.s0-a.fence: {nod} stands for nothing"),
+        ({"s0-a": {**LOCAL, "hook_timeout": 0}}, "drivers.s0-a.hook_timeout: 0 must be more than"),
+        ({"*": {"kind": "hook"}}, "drivers.*: has no command; add one of stop, start, kill, fence"),
+        ({"*": {"kind": "ssh", "data": "/d", "port": 0}}, "drivers.*.port: 0 must be at least 1"),
+        ([], "drivers: must be a table, not a list"),
+    ],
+)
+def test_a_fault_of_a_driver(drivers: object, fault: str) -> None:
+    (found,) = faults(operated(drivers))
+
+    assert found.startswith(fault)
+
+
+def test_a_fault_of_the_operator() -> None:
+    (found,) = faults(operated(usr="postgres"))
+
+    assert found == "operator.usr: unknown setting; did you mean user?"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        operated({"s0-a": {**LOCAL, "fence": f"f --token '{PASSWORD}"}}),
+        operated({"s0-a": {**LOCAL, "fence": f"f {{{PASSWORD[:-1]}}} {PASSWORD}"}}),
+        operated({"s0-a": {**LOCAL, "options": f"'{PASSWORD}"}}),
+        operated(None, password=[PASSWORD]),
+        operated(None, user=5, password=PASSWORD),
+    ],
+)
+def test_no_fault_of_operations_shows_a_secret(source: dict[str, Any]) -> None:
+    assert not [fault for fault in faults(source) if PASSWORD in fault]
+
+
 def test_describe_gives_json() -> None:
     settings = load(
         shop(f"postgresql://app:{PASSWORD}@db/shop?zone=b&sslmode=require", buckets=4), environ={}
@@ -743,4 +839,6 @@ def test_describe_gives_json() -> None:
                 ],
             }
         ],
+        "operator": {"user": "", "password": None, "passfile": "", "database": ""},
+        "drivers": [],
     }

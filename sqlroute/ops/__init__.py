@@ -1,0 +1,1 @@
+"""What operators do to servers: promotion, failover, rejoin, fences, replicas."""
