@@ -105,6 +105,37 @@ class PrimaryChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """An operation holds the write transactions of a shard: new ones wait from now on."""
+
+    shard: str
+    operation: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}: operation {self.operation} holds write transactions"
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Write transactions of a shard are held no more.
+
+    Attributes:
+        seconds: since that was first seen here.
+        waited: how many of this process have waited.
+    """
+
+    shard: str
+    seconds: float
+    waited: int
+
+    def __str__(self) -> str:
+        return (
+            f"shard {self.shard}: write transactions go on after {self.seconds * 1000:.0f} ms, "
+            f"{self.waited} had to wait"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Fallback:
     """A read goes to the primary, because no replica may take it."""
 
@@ -139,13 +170,17 @@ class Retried:
         return f"{self.what} failed{where} (attempt {self.attempt}), trying again: {self.error}"
 
 
-Event: TypeAlias = PlanChosen | StatementDone | NodeChanged | PrimaryChanged | Fallback | Retried
+Event: TypeAlias = (
+    PlanChosen | StatementDone | NodeChanged | PrimaryChanged | Held | Released | Fallback | Retried
+)
 
 KINDS: tuple[type[Event], ...] = (
     PlanChosen,
     StatementDone,
     NodeChanged,
     PrimaryChanged,
+    Held,
+    Released,
     Fallback,
     Retried,
 )
@@ -208,6 +243,6 @@ def log_event(event: Event) -> None:
         level = logging.WARNING if event.now is None or event.contenders else logging.INFO
     elif isinstance(event, NodeChanged):
         level = logging.WARNING if event.refused else logging.INFO
-    elif isinstance(event, Retried):
+    elif isinstance(event, Held | Released | Retried):
         level = logging.INFO
     log.log(level, "%s", event)

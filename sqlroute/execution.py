@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import exc as sa_exc
-from sqlalchemy.engine import Connection, Result
+from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import QueryContext
 
 from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
 from sqlroute.events import Fallback, PlanChosen, Retried
+from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
 from sqlroute.results import merged
 from sqlroute.routing.declare import Sharded, declaration
@@ -52,6 +53,12 @@ A write; an unlogged table, of which it has no rows; a function of primaries.
 
 UNKNOWN_NAMES = frozenset({"3F000", "42P01", "42703", "42704", "42883"})
 """SQLSTATEs of an unknown schema, table, column, type or function."""
+
+FENCED_TRIES = 8
+"""How often a read is planned anew because a server was fenced."""
+
+FIRST_TRIES = 3
+"""How often the first statement of a transaction is begun, where its connection is lost."""
 
 RETRIED = frozenset({"57P01", "57P02", "57P03", "40001", "40P01"})
 """SQLSTATEs after which a read outside a transaction is tried on another node."""
@@ -253,10 +260,13 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
     session._is_proved = target.is_proved
     if not target.in_transaction:
         _begin_reading(session, target)
-    if found.kind == _READ or not target.is_primary:
+    if not target.is_primary:
         stale = _is_stale_load(described, target)
         return call.run(engine, token=token, scalar=call.scalar, stale=stale)
-    result = _write(call, target, token=token, scalar=call.scalar)
+    if found.kind == _READ:
+        read = partial(call.run, token=token, scalar=call.scalar)
+        return _first(call, described, target, read)
+    result = _first(call, described, target, partial(_write, call, target, token, call.scalar))
     if described.shape.statement.is_text:
         session._settings.unsettled()  # it may have been ROLLBACK TO SAVEPOINT, or a SET
     if described.shape.statement.sets:
@@ -289,13 +299,38 @@ def _begin_reading(session: RoutingMixin, target: Target) -> None:
         )
 
 
-def _write(call: Call, target: Target, *, token: str | None, scalar: bool = False) -> Any:
+def _first(call: Call, described: Described, target: Target, run: Callable[[Engine], Any]) -> Any:
+    """Run a statement on a primary; if it begins the transaction there and is lost, begin anew.
+
+    Not so a text without parameters: it may hold several commands, COMMIT among them.
+    """
+    session = call.session
+    engine = session._routes.engine(target.node)
+    may_be_several = described.shape.statement.is_text and not call.parameters
+    if may_be_several or session._affinity.read_only or session._is_in(target.shard):
+        return run(engine)
+    affinity, tries = session._affinity, 0
+    while True:
+        try:
+            return run(engine)
+        except sa_exc.DBAPIError as error:
+            tries += 1
+            if tries == FIRST_TRIES or not _is_lost(error):
+                raise
+            engine = session._begin_elsewhere(affinity, target.shard, error)
+
+
+def _write(
+    call: Call, target: Target, token: str | None, scalar: bool, engine: Engine | None = None
+) -> Any:
     """Write on one shard. Bulk persistence ignores ``bind_arguments``: it asks for a bind."""
     session = call.session
     session._check_enlistable(target)
     session._wrote(target.shard)
+    if engine is None:
+        engine = session._routes.engine(target.node)
     with session._on(target.shard):
-        return call.run(session._routes.engine(target.node), token=token, scalar=scalar)
+        return call.run(engine, token=token, scalar=scalar)
 
 
 def _read(
@@ -310,7 +345,7 @@ def _read(
     """Run a proved read in AUTOCOMMIT; where a node fails, run it once more on another."""
     session, shard = call.session, target.shard
     exclude: frozenset[str] = frozenset()
-    again, failures = False, 0
+    again, failures, fenced = False, 0, 0
     while True:
         try:
             with session._routes.reading(
@@ -332,6 +367,8 @@ def _read(
             options = {**call.options, "sqlroute_shard": shard}
             if _has_old_schema(error, target):
                 options["sqlroute_role"] = "primary"
+            elif FENCE in str(error.orig) and fenced < FENCED_TRIES:
+                fenced += 1  # nothing was sent, and the node is refused as long as it is fenced
             elif _may_be_retried(error):
                 exclude |= {target.node}
                 failures += 1
@@ -375,7 +412,7 @@ def _on_primary(
         target = session._primary_of(refused.shard)
     except SQLRouteError as cannot:
         raise cannot from error
-    return _write(call, target, token=token, scalar=call.scalar)
+    return _write(call, target, token, call.scalar)
 
 
 def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
@@ -429,7 +466,7 @@ def _split(call: Call, found: Plan) -> Result[Any]:
     results = []
     for target, indexes in zip(found.targets, found.rows, strict=True):
         call.parameters = [rows[index] for index in indexes]
-        results.append(_write(call, target, token=target.shard))
+        results.append(_write(call, target, target.shard, False))
     first: Result[Any] = results[0]
     return first.merge(*results[1:])
 
@@ -514,6 +551,11 @@ def _may_be_retried(error: sa_exc.DBAPIError) -> bool:
     if state is None:
         return isinstance(error, sa_exc.OperationalError)
     return error.connection_invalidated or state in RETRIED or state.startswith("08")
+
+
+def _is_lost(error: sa_exc.DBAPIError) -> bool:
+    """Say if a statement was lost with its server, or has met one that is no primary any more."""
+    return error.connection_invalidated or getattr(error.orig, "sqlstate", None) == "25006"
 
 
 @cache

@@ -94,9 +94,22 @@ hundreds of connections longer than all the rest of a probe."""
 UNUSED_FACTOR = 20.0
 """How much longer the pauses are for a node that nobody uses."""
 
+HELD_PAUSE = 0.005
+"""Seconds between two looks at a node while write transactions wait for its shard..."""
+
+HELD_RATE = 1000.0
+"""...as far as all monitors together stay under so many looks per second."""
+
 HISTORY_LENGTH = 128
 """Positions of the primary kept per shard. Beyond it, every second one of the older half goes: the
 reach doubles and the older figures of lag get coarser, always towards more lag."""
+
+LONGEST_HOLD = 60.0
+"""Seconds after which a hold of one operation is over, whatever its shard says: an operation that
+asks for more has a fault, and requests would pile up for it."""
+
+FENCE = "sqlroute_fence_epoch_"
+"""Part of the error with which a fenced server refuses each new session."""
 
 NEVER = float("-inf")
 
@@ -121,6 +134,21 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """An operation wants no new write transactions on a shard for a while.
+
+    Attributes:
+        operation: its id.
+        since: when it was first seen.
+        ends_at: when it is over even if nobody says so: never before the server's ``held_until``.
+    """
+
+    operation: str
+    since: float
+    ends_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What one probe of one node brought back.
 
@@ -142,6 +170,11 @@ class Observation:
         orders_by_code_point: the database sorts text by code point unless told otherwise.
         accepts_writes: a primary on which a plain transaction is not read-only.
         monitors: how many are connected to the node, this one included; 0 if not counted.
+        promotion: how many promotions sqlroute has made of the shard, by its catalog; None where
+            that does not say.
+        operation: which holds the shard's write transactions; empty if none does.
+        held_for: seconds for which it does, by the server's clock.
+        revision: grows with each node that is added to the shard or removed in its catalog.
         statements: reads of this process that the node has answered since the last observation.
         statement_seconds: what they took, altogether.
     """
@@ -163,6 +196,10 @@ class Observation:
     accepts_writes: bool = False
     life: int = 0
     monitors: int = 0
+    promotion: int | None = None
+    operation: str = ""
+    held_for: float = 0.0
+    revision: int = 0
     statements: int = 0
     statement_seconds: float = 0.0
 
@@ -198,6 +235,10 @@ class NodeHealth:
             slow; minus infinity if it never was.
         share: of the reads that its weight entitles it to; below 1 soon after its return.
         monitors: how many watch it, as last counted.
+        promotion, operation, revision: see :class:`Observation`; as last known.
+        held_until: when the hold of ``operation`` ends.
+        fenced: not empty: it has refused a new session, and with these words. It is not used until
+            a connection that was opened after that has brought an answer.
     """
 
     node: str
@@ -236,6 +277,11 @@ class NodeHealth:
     returned_at: float = NEVER
     share: float = 1.0
     monitors: int = 0
+    promotion: int | None = None
+    operation: str = ""
+    held_until: float = NEVER
+    revision: int = 0
+    fenced: str = ""
 
     @property
     def is_readable(self) -> bool:
@@ -266,6 +312,9 @@ class ShardHealth:
         confirmed_at: when the highest epoch was last known to be the one in force.
         read_rate: the most reads per second that its replicas have answered to this process
             lately, as of ``read_rate_at``; it halves in an hour, and stays when they are gone.
+        hold: no new write transactions now, as its primary has said last; it outlives that.
+        spent: the operation whose hold was ended here, after :data:`LONGEST_HOLD`.
+        revision: of its nodes in the catalog, the highest ever seen.
     """
 
     name: str
@@ -282,6 +331,9 @@ class ShardHealth:
     confirmed_at: float = NEVER
     read_rate: float = 0.0
     read_rate_at: float = NEVER
+    hold: Hold | None = None
+    spent: str = ""
+    revision: int = 0
 
     @property
     def highest(self) -> tuple[int, int]:
@@ -395,7 +447,7 @@ def observe(health: Health, observation: Observation, now: float) -> Health:
     if observation.at < node.failed_at:
         return health
     peers = [peer for peer in health.shards[node.shard].replicas if peer.node != node.node]
-    return _replaced(health, _after_success(node, observation, peers), now)
+    return _replaced(health, _after_success(node, observation, peers, now), now)
 
 
 def observed_latency(
@@ -414,7 +466,12 @@ def observed_latency(
 
 
 def probe_pause(
-    node: NodeHealth | None, *, interval: float, rate: float, is_used: bool = True
+    node: NodeHealth | None,
+    *,
+    interval: float,
+    rate: float,
+    is_used: bool = True,
+    is_held: bool = False,
 ) -> float:
     """Return the seconds until a node should be asked again, before they are made random.
 
@@ -425,9 +482,14 @@ def probe_pause(
         interval: the shortest pause.
         rate: probes per second that one node should answer, to all monitors together.
         is_used: statements go there.
+        is_held: its shard's write transactions are held: callers wait for the end of that.
     """
     monitors = node.monitors if node is not None else 0
     pause = max(interval, monitors / (rate * RATE_MARGIN))
+    if is_held:
+        pause = max(HELD_PAUSE, monitors / HELD_RATE)
+        # it will hardly be the next primary, and connecting costs more than asking
+        return pause / RECHECK if node is not None and node.state is State.DOWN else pause
     if node is not None and node.failures == 1 and node.state is not State.DOWN:
         return pause * RECHECK
     return pause if is_used else pause * UNUSED_FACTOR
@@ -456,6 +518,7 @@ def statement_failed(health: Health, node: str, error: str, now: float) -> Healt
         last_error=error,
         hung=False,
         failed_at=now,
+        fenced=_fence(error) or known.fenced,
     )
     return _replaced(health, failed, now)
 
@@ -487,10 +550,18 @@ def _after_failure(node: NodeHealth, observation: Observation) -> NodeHealth:
         last_error=observation.error or "",
         hung=observation.hung,
         failed_at=max(node.failed_at, observation.at),
+        fenced=_fence(observation.error or "") or node.fenced,
     )
 
 
-def _after_success(node: NodeHealth, seen: Observation, peers: Iterable[NodeHealth]) -> NodeHealth:
+def _fence(error: str) -> str:
+    """Return the words of a fence, empty if an error is of another kind."""
+    return error if FENCE in error else ""
+
+
+def _after_success(
+    node: NodeHealth, seen: Observation, peers: Iterable[NodeHealth], now: float
+) -> NodeHealth:
     successes = node.successes + 1
     is_back = node.state is State.RECOVERING and successes > SUCCESSES_TO_UP
     state = State.UP
@@ -525,12 +596,34 @@ def _after_success(node: NodeHealth, seen: Observation, peers: Iterable[NodeHeal
         usual_rtt=usual + (longer * USUAL_ALPHA if longer > 0 else longer),
         latency=_latency(node, seen.statements, seen.statement_seconds),
         read_rate=node.read_rate + RTT_ALPHA * (reads - node.read_rate),
-        returned_at=seen.at if node.state is State.DOWN else node.returned_at,
+        returned_at=_returned_at(node, seen),
         monitors=seen.monitors or node.monitors,
+        # an answer over a connection that is older than the fence says nothing of that
+        fenced="" if seen.life != node.life else node.fenced,
     )
+    if seen.promotion is not None:  # else the catalog could not be read this time
+        answered = replace(
+            answered,
+            promotion=seen.promotion,
+            operation=seen.operation,
+            # from the moment of the answer on: it must not end before the server's clock says so
+            held_until=now + seen.held_for if seen.operation else NEVER,
+            revision=seen.revision,
+        )
     judged = _judged(answered, seen, peers)
     share = min(1.0, max(FIRST_SHARE, (seen.at - judged.returned_at) / RETURN))
     return judged if judged.share == share else replace(judged, share=share)
+
+
+def _returned_at(node: NodeHealth, seen: Observation) -> float:
+    """Return when a node has come back, whose share of the work then grows slowly.
+
+    One that was promoted has not come back: it has served reads all the time, its caches are warm,
+    and all that waited for a primary is waiting for it.
+    """
+    if seen.is_primary and node.role is Role.REPLICA:
+        return NEVER
+    return seen.at if node.state is State.DOWN else node.returned_at
 
 
 def _latency(node: NodeHealth, statements: int, seconds: float) -> float:
@@ -635,6 +728,7 @@ def _replaced(health: Health, node: NodeHealth, now: float) -> Health:
         nodes.update(_let_in(shard, nodes))
     shard, changed = _elect(shard, nodes)
     nodes.update(changed)
+    shard = _held(shard, shard.primary_health, now)
     shard = _remember(shard, shard.primary_health)
     nodes.update(_measured(shard, nodes, now))
     shard = _with_read_rate(_with_replicas(shard, nodes, now), now)
@@ -651,8 +745,9 @@ def _elect(
     Three refusals, all derived anew each time, so that a node that was put right comes back:
     a node of another cluster; a primary on a timeline below the highest ever seen in the shard
     (it was left behind by a promotion, MongoDB's stale-primary rule); and of two primaries on
-    the highest timeline, the one with the lower epoch, or else the newcomer. Without the last
-    two, reads could go to a server whose data are no longer the shard's.
+    the highest timeline, the one of fewer promotions, then with the lower epoch, or else the
+    newcomer. Without the last two, reads could go to a server whose data are no longer the
+    shard's. A fenced node is refused whatever it is.
     """
     members = [nodes[name] for name in shard.members]
     identifier = _identifier(shard, members)
@@ -669,7 +764,9 @@ def _elect(
     confirmed_at = shard.confirmed_at if highest_epoch == shard.highest_epoch else NEVER
 
     claims = [
-        m for m in own if m.role is Role.PRIMARY and m.state not in (State.DOWN, State.UNKNOWN)
+        m
+        for m in own
+        if m.role is Role.PRIMARY and m.state not in (State.DOWN, State.UNKNOWN) and not m.fenced
     ]
     claims.sort(
         key=lambda m: (m.timeline >= highest_timeline, *_rank(m), m.node == shard.primary),
@@ -684,6 +781,7 @@ def _elect(
         highest_timeline=highest_timeline,
         is_settled=shard.is_settled or (identifier != 0 and 2 * shown > len(members)),
         confirmed_at=confirmed_at,
+        revision=max(shard.revision, *(m.revision for m in own)) if own else shard.revision,
     )
 
     changed = {}
@@ -693,6 +791,31 @@ def _elect(
             changed[member.node] = replace(member, refused=refused)
     now_known = {**{m.node: m for m in members}, **changed}
     return _with_replicas(shard, now_known, NEVER), changed
+
+
+def _held(shard: ShardHealth, primary: NodeHealth | None, now: float) -> ShardHealth:
+    """Return the shard with the hold that its primary tells of, or with the end of it.
+
+    A primary that is not there has nothing to say: it may have been stopped *because* of the hold,
+    which then lasts until another primary ends it, or its time is over. What a primary says that
+    was left behind by a promotion is not heard at all: it is not the shard's.
+    """
+    hold, spent = shard.hold, shard.spent
+    if primary is not None and primary.failures == 0 and primary.promotion is not None:
+        if not primary.operation or primary.operation == spent:
+            hold = None
+        elif hold is None or hold.operation != primary.operation:
+            hold = Hold(primary.operation, now, primary.held_until)
+        elif hold.ends_at != primary.held_until:
+            hold = replace(hold, ends_at=primary.held_until)
+    if hold is not None and now >= hold.since + LONGEST_HOLD:
+        spent = hold.operation
+        hold = None
+    elif hold is not None and now >= hold.ends_at:
+        hold = None
+    if hold is shard.hold and spent == shard.spent:
+        return shard
+    return replace(shard, hold=hold, spent=spent)
 
 
 def _identifier(shard: ShardHealth, members: Iterable[NodeHealth]) -> int:
@@ -720,8 +843,8 @@ def _identifier(shard: ShardHealth, members: Iterable[NodeHealth]) -> int:
     return max(votes, key=votes.__getitem__)
 
 
-def _rank(node: NodeHealth) -> tuple[int, int]:
-    return (node.epoch or 0, node.timeline)
+def _rank(node: NodeHealth) -> tuple[int, int, int]:
+    return (node.promotion or 0, node.epoch or 0, node.timeline)
 
 
 def _refusal(shard: ShardHealth, node: NodeHealth, chosen: NodeHealth | None) -> str:
@@ -730,6 +853,8 @@ def _refusal(shard: ShardHealth, node: NodeHealth, chosen: NodeHealth | None) ->
             f"system identifier {node.system_identifier} is not {shard.system_identifier}, the one "
             f"of shard {shard.name}: the node belongs to another cluster; correct its address"
         )
+    if node.fenced:
+        return f"fenced: {node.fenced}"
     if node.role is not Role.PRIMARY:
         return ""
     if node.timeline < shard.highest_timeline:
@@ -740,7 +865,8 @@ def _refusal(shard: ShardHealth, node: NodeHealth, chosen: NodeHealth | None) ->
     if chosen is not None and node.node != chosen.node:
         return (
             f"claims to be the primary beside {chosen.node}, which is at epoch {chosen.epoch or 0} "
-            f"and timeline {chosen.timeline}; fence it and rejoin it as a replica"
+            f"and timeline {chosen.timeline}, promotion {chosen.promotion or 0}; "
+            "fence it and rejoin it as a replica"
         )
     return ""
 

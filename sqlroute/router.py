@@ -36,15 +36,17 @@ from sqlroute.errors import (
 from sqlroute.events import (
     Event,
     Fallback,
+    Held,
     Listener,
     Listeners,
     NodeChanged,
     PrimaryChanged,
+    Released,
     Retried,
     StatementDone,
     log_event,
 )
-from sqlroute.health import Health, Role, State
+from sqlroute.health import Health, Hold, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
@@ -106,6 +108,7 @@ class Router:
 
     Attributes:
         is_sharded: some keyspace has several shards.
+        writes: the write transactions of its sessions: which are under way, which wait.
         refused_writes: how many statements a replica has refused as writes; they were run again on
             the primary. Each is a read by all that could be proved, and none in fact.
     """
@@ -119,8 +122,10 @@ class Router:
         from sqlroute.runtime.discovery import Discovery
         from sqlroute.runtime.monitor import Monitor
         from sqlroute.runtime.usage import ProgramUsage
+        from sqlroute.runtime.writes import Writes
 
-        self._usage = ProgramUsage(self._fit_pools)
+        self.writes = Writes(lambda: self.monitor)
+        self._usage = ProgramUsage(self._fit_pools, self.writes.name_of)
         self._turns: Mapping[str, Iterator[int]] = defaultdict(count)
         self._process = _process()
 
@@ -349,7 +354,7 @@ class Router:
                 else:
                     found = plan_rows(described, keys, situation, self._rng)
             except NoPrimary as none:
-                waits = waits or Waits(self._patience(none.shard), limit)
+                waits = waits or self._waits(none.shard, limit)
                 if not waits.goes_on(engines):
                     raise
                 self._ask(engines, none.shard, waits.left())
@@ -514,7 +519,12 @@ class Router:
                 return False
 
     def _ask(self, engines: Engines, shard: str, timeout: float) -> Health:
-        """Have all nodes of a shard asked; under AsyncSession without a thread that waits."""
+        """Have all nodes of a shard asked; under AsyncSession without a thread that waits.
+
+        Nodes of a shard that is held are asked all the time, whoever waits for it.
+        """
+        if self.writes.hold(shard) is not None and self.monitor.health.primary(shard) is None:
+            return self.monitor.health
         timeout = min(timeout, self.policy.probe_deadline)
         if not engines.is_async:
             return self.monitor.ask(shard, timeout)
@@ -526,12 +536,33 @@ class Router:
         await_only(answered(self.monitor.asking(shard), timeout))
         return self.monitor.health
 
-    def _patience(self, shard: str) -> float:
-        """Return how long a new transaction waits for a primary: one may be promoted now.
+    def look(self, shard: str, engines: Engines) -> Health:
+        """Have all nodes of a shard asked now; return the health after that."""
+        return self._ask(engines, shard, self.policy.probe_deadline)
+
+    def _waits(self, shard: str, limit: Limit | None) -> Waits:
+        """Return the wait of a new transaction for a primary: one may be promoted now.
 
         Where none was ever seen nobody waits: the configuration is wrong, or the network.
         """
-        return self.policy.primary_wait if self.monitor.health.shard(shard).highest_timeline else 0
+        known = self.monitor.health.shard(shard)
+        patience = self.policy.primary_wait if known.highest_timeline else 0
+        return Waits(self.writes, shard, patience, limit, self.policy.max_held)
+
+    def await_release(self, shard: str, hold: Hold, engines: Engines, limit: Limit | None) -> None:
+        """Wait, before a transaction that may write begins, until a shard is held no more.
+
+        Raises:
+            NoPrimary: ``max_held`` others wait already.
+            DeadlineExceeded: the session's deadline is before the end.
+        """
+        self.writes.await_release(shard, hold, engines, limit, self.policy.max_held)
+
+    def acknowledged(self, shard: str, timeline: int, lsn: int) -> None:
+        """Note what a commit was acknowledged with: the monitor tells all nodes of the shard."""
+        self.writes.acknowledged(shard, timeline, lsn)
+        if shard in self.monitor.idle:  # else its next probe is near
+            self.monitor.tell(shard)
 
     def observed(self, affinity: Affinity, engines: Engines) -> Affinity:
         """Return the affinity with a position for all that the session has read.
@@ -637,6 +668,10 @@ class Router:
                 current = found
         return current is not None and current.epoch > newer_than
 
+    def read_map(self, keyspace: Keyspace) -> None:
+        """Read the map of a keyspace anew, if there is a newer one."""
+        self._refresh(keyspace, self._engines[False], newer_than=0)
+
     def shard_map(self, keyspace: str | None = None) -> ShardMap:
         """Return the newest shard map of a keyspace, read now.
 
@@ -739,7 +774,7 @@ class Router:
             try:
                 return bind_target(shard, situation, self._rng)
             except NoPrimary:
-                waits = waits or Waits(self._patience(shard), limit)
+                waits = waits or self._waits(shard, limit)
                 if not waits.goes_on(engines):
                     raise
                 self._ask(engines, shard, waits.left())
@@ -768,7 +803,7 @@ class Router:
         Raises:
             TypeError: a kind that is none.
         """
-        wanted = kinds or (NodeChanged, PrimaryChanged, Fallback, Retried)
+        wanted = kinds or (NodeChanged, PrimaryChanged, Held, Released, Fallback, Retried)
         end = self.listeners.add(listener, wanted)
         if StatementDone in wanted:
             for engines in self._engines.values():
@@ -816,7 +851,10 @@ class Router:
             if went_down or (before is not None and is_another(before, node)):
                 for engines in self._engines.values():
                     engines.expire(name)
-        for event in changes(old, new):
+        for name, shard in new.shards.items():
+            if name in old.shards:
+                self.writes.changed(old.shards[name], shard)
+        for event in changes(old, new, time.monotonic(), self.writes.take_waited):
             self.listeners.tell(event)
 
     def _node_down(self, node: str) -> None:
@@ -833,25 +871,9 @@ class Router:
         Returns:
             The shard map of each keyspace.
         """
-        from sqlroute.catalog import install, maps
+        from sqlroute.catalog import schema
 
-        for keyspace in self.topology.keyspaces:
-            engines = [self.primary_engine(shard.name) for shard in keyspace.shards]
-            for engine in engines:
-                with engine.begin() as connection:
-                    install.upgrade(connection)
-            nodes = [node for shard in keyspace.shards for node in shard.nodes]
-            found = maps.read_newest(keyspace, nodes, self.policy.connect_timeout)
-            found = found or ShardMap.even(keyspace)
-            for engine in engines:
-                with engine.begin() as connection:
-                    maps.write(found, connection)
-            for shard in keyspace.shards:
-                self.monitor.ask(shard.name, self.policy.probe_deadline)
-            self._refresh(keyspace, self._engines[False], newer_than=0)
-        return {
-            keyspace.name: self.shard_map(keyspace.name) for keyspace in self.topology.keyspaces
-        }
+        return schema.install(self)
 
     def create_all(self, metadata: MetaData) -> None:
         """Create the catalog and the missing tables on every shard: parents, owned leaves.
@@ -859,24 +881,15 @@ class Router:
         Raises:
             InvalidShardKey: a primary key or unique constraint lacks the shard key.
         """
-        from sqlroute.catalog import ddl
+        from sqlroute.catalog import schema
 
-        ddl.check(metadata)
-        found = self.install_catalog()
-        for keyspace in self.topology.keyspaces:
-            tables = [t for t in metadata.sorted_tables if self._keyspace_of(t) is keyspace]
-            for shard in keyspace.shards:
-                owned = found[keyspace.name].buckets_of(shard.name)
-                with self.primary_engine(shard.name).begin() as connection:
-                    ddl.create(metadata, tables, owned, keyspace.buckets, connection)
+        schema.create_all(self, metadata)
 
     def drop_all(self, metadata: MetaData) -> None:
         """Drop the tables of a metadata on every shard; the catalog stays."""
-        for keyspace in self.topology.keyspaces:
-            tables = [t for t in metadata.sorted_tables if self._keyspace_of(t) is keyspace]
-            for shard in keyspace.shards:
-                with self.primary_engine(shard.name).begin() as connection:
-                    metadata.drop_all(connection, tables=tables)
+        from sqlroute.catalog import schema
+
+        schema.drop_all(self, metadata)
 
     def recover(self, older_than: float = 10.0) -> tuple[Any, ...]:
         """Finish commits over several shards that a killed process left half way.
@@ -888,11 +901,6 @@ class Router:
 
         engines = {shard: self.primary_engine(shard) for shard in self.topology.keyspace_of_shard}
         return recover(engines, older_than)
-
-    def _keyspace_of(self, table: Table) -> Keyspace:
-        declared = declaration(table)
-        name = declared.keyspace if declared is not None else None
-        return self.topology.keyspace(name) if name else self.topology.default
 
     def _shard(self, node: str) -> str:
         try:
@@ -940,6 +948,7 @@ def _start_anew() -> None:
         router._reloading = threading.Lock()
         router._discovery.forget()
         router._process = _process()
+        router.writes.forget()
         router._lock, router._starting = threading.Lock(), threading.Lock()
 
 

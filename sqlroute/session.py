@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from sqlalchemy import event
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.engine.util import TransactionalContext
-from sqlalchemy.exc import OperationalError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, OperationalError, UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.sql.base import Executable
@@ -46,6 +46,7 @@ from sqlroute.errors import (
     TokenError,
     UnknownName,
 )
+from sqlroute.events import Retried
 from sqlroute.execution import BIND, Call, execute, merge_of, plan
 from sqlroute.references import copy_after_flush
 from sqlroute.routing.affinity import Affinity
@@ -58,15 +59,17 @@ from sqlroute.routing.policy import (
 from sqlroute.routing.rows import bucket_of_key, missing, python_default
 from sqlroute.routing.target import check_may_write
 from sqlroute.routing.token import Token
-from sqlroute.runtime.commit import CommitGroup
+from sqlroute.runtime.commit import CommitGroup, is_lost
 from sqlroute.runtime.limits import Limit, waiting_for
 from sqlroute.runtime.settings import Settings
+from sqlroute.runtime.writes import has_ended
 from sqlroute.stale import StaleWrites
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.schema import Table
 
     from sqlroute.router import Router
+    from sqlroute.runtime.writes import Ticket
 
     _Base = Session
 else:
@@ -112,6 +115,7 @@ class RoutingMixin(Asking, _Base):
     _optioned: frozenset[Engine] = frozenset()  # that have them
     _resolves = False  # router.run() wants to learn the outcome of a COMMIT without an answer
     _shard: str | None = None
+    _ticket: Ticket | None = None
     _streaming: frozenset[str] = frozenset()
 
     def __init__(
@@ -466,21 +470,92 @@ class RoutingMixin(Asking, _Base):
                 )
         given, until = execution_options, None
         while True:
+            engine, shard = self._admitted(engine)
+            affinity = self._affinity
             if self._options and engine not in self._optioned:
                 self._optioned |= {engine}
                 execution_options = {**self._options, **(given or {})}
             try:
                 found = self._connected(engine, execution_options, **options)
-                break
-            except OperationalError as error:
+            except BaseException as error:
+                self._left(shard)
                 now = time.monotonic()
                 until = now + self._router.policy.primary_wait if until is None else until
-                if now > until:
+                if not isinstance(error, OperationalError) or now > until:
                     raise
                 engine = self._instead_of(engine, error)
+                continue
+            if shard is None or self._is_nested or not has_ended(found):
+                break
+            self._left(shard)
+            self._forsake(found, affinity)
         if self._settings.is_needed:
             self._settings.give(found)
         return found
+
+    def _admitted(self, engine: Any) -> tuple[Any, str | None]:
+        """Register a transaction that may write on a shard, and wait as long as that is held.
+
+        Returns:
+            The engine of the primary, which may be another one by then, and the shard; ``None``
+            where there is nothing to register.
+
+        Raises:
+            NoPrimary: too many wait already, or there is none after that.
+            DeadlineExceeded: the session's deadline is before the end of the hold.
+        """
+        node = self._routes.node_of(engine) if isinstance(engine, Engine) else None
+        if node is None or self._affinity.read_only or node in self._streaming:
+            return engine, None
+        shard = self._routes.shard_of(node)
+        ticket = self._ticket
+        if ticket is None:
+            ticket = self._ticket = self._router.writes.ticket()
+        elif shard in ticket.shards:
+            return engine, None
+        while True:
+            ticket.enter(shard)  # before looking: see sqlroute.runtime.writes
+            hold = self._router.writes.hold(shard)
+            if hold is None:
+                return engine, shard
+            ticket.leave(shard)
+            self._router.await_release(shard, hold, self._routes, self._limit)
+            engine = self._routes.engine(self._primary_of(shard).node)
+
+    @property
+    def _is_nested(self) -> bool:
+        """There is a savepoint, whose root has the same connections: none can be taken out."""
+        transaction: Any = self._transaction
+        return transaction is not None and transaction.parent is not None
+
+    def _is_in(self, shard: str) -> bool:
+        """Say if the transaction may write on a shard already."""
+        return self._ticket is not None and shard in self._ticket.shards
+
+    def _left(self, shard: str | None) -> None:
+        if shard is not None and self._ticket is not None:
+            self._ticket.leave(shard)
+
+    def _forsake(self, connection: Connection, affinity: Affinity) -> None:
+        """Take a member out of the transaction, as if it had never joined.
+
+        Only for one that no statement was answered on: nothing of it is anywhere.
+        """
+        node = self._routes.node_of(connection.engine)
+        transaction: Any = self._transaction
+        begun: Any = None
+        for key in (connection, connection.engine):
+            _, begun, *_ = transaction._connections.pop(key)
+        self._optioned -= {connection.engine}
+        self._affinity = affinity
+        if not connection.invalidated and is_lost(connection.connection):
+            connection.invalidate()
+        with suppress(DBAPIError):  # it is lost, and so is what began on it
+            begun.close()
+        connection.close()
+        if node is not None:
+            self._routes.expire(node)  # those beside it have ended with it
+            self._router.monitor.look(self._routes.shard_of(node))
 
     def _connected(self, engine: Any, execution_options: Any, **options: Any) -> Connection:
         connect = super()._connection_for_bind
@@ -523,6 +598,40 @@ class RoutingMixin(Asking, _Base):
         if self._group is None:
             self._group = CommitGroup(resolves=self._resolves)
         self._group.wrote(shard)
+
+    def _begin_elsewhere(self, affinity: Affinity, shard: str, error: DBAPIError) -> Engine:
+        """Return the engine of the primary on which a transaction begins once more.
+
+        Its first statement on the shard was not answered: the application has seen nothing of it,
+        and as nobody has sent COMMIT, nothing of it is done. What it did on other shards stays.
+
+        Args:
+            affinity: from before that statement.
+
+        Raises:
+            DBAPIError: the one given, where that is not so, or the server is the primary still.
+            NoPrimary: there is none in time.
+        """
+        node = self._affinity.of(shard).pinned
+        transaction: Any = self._transaction
+        engine = self._routes.engine(node) if node is not None else None
+        if self._is_nested or transaction is None or engine not in transaction._connections:
+            raise error
+        connection: Connection = transaction._connections[engine][0]
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            raise error
+        if not error.connection_invalidated:  # it answers: is it no primary any more?
+            now = self._router.look(shard, self._routes).primary(shard)
+            if now is not None and now.node == node and now.accepts_writes:
+                raise error
+        self._forsake(connection, affinity)
+        self._left(shard)
+        line = str(error.orig).partition("\n")[0]
+        self._router.listeners.tell(Retried("begin", shard, node or "", line))
+        try:
+            return self._routes.engine(self._primary_of(shard).node)
+        except SQLRouteError as none:
+            raise none from error
 
     @contextmanager
     def _on(self, shard: str) -> Iterator[None]:
@@ -727,13 +836,18 @@ def _after_commit(session: Any) -> None:
     router, affinity = session._router, session._affinity
     nodes = router.monitor.health.nodes
     lsns = group.lsns
+    writers = group.writers
     for shard, lsn in lsns.items():
         known = nodes.get(affinity.of(shard).pinned)
         position = router.position(shard, known.timeline if known is not None else 0, lsn)
         affinity = affinity.committed(position)
-    writers = group.writers
+        if shard in writers:
+            router.acknowledged(shard, position.timeline, lsn)
     if not all(shard in lsns for shard in writers):
         affinity = _look_behind(session, affinity)  # a two-phase commit of SQLAlchemy's own
+        for shard in writers:
+            if shard not in lsns and (found := affinity.of(shard).token) is not None:
+                router.acknowledged(shard, found.timeline, found.lsn)
     session._affinity = affinity
     if writers:
         seen = (affinity.of(shard).token for shard in writers)
@@ -755,6 +869,9 @@ def _after_transaction_end(session: Any, transaction: Any) -> None:
         session._settings.unsettled()
     if transaction.parent is None:
         session._affinity = session._affinity.ended()
+        if session._ticket is not None:
+            session._ticket.end()
+            session._ticket = None
         if session._group is not None:
             session._group = None
         if session._streaming:

@@ -8,6 +8,12 @@ from typing import Any
 
 from sqlroute.errors import CatalogError
 
+_REGISTER = """
+INSERT INTO sqlroute.shard (name, node, timeline)
+VALUES (%s, %s, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int)
+ON CONFLICT (name) DO NOTHING
+"""
+
 _alone = threading.Lock()
 """Alembic keeps what it works on in the module ``alembic.context``: one upgrade at a time."""
 
@@ -35,6 +41,15 @@ def upgrade(connection: Any, revision: str = "head") -> None:
             "schema sqlroute comes first in the search_path, so tables of the application would be "
             "made in it (a role named sqlroute has that); use another role or set the search_path"
         )
+
+
+def register(connection: Any, shard: str, node: str) -> None:
+    """Write the row of a shard where there is none: no promotion yet, and its primary.
+
+    Args:
+        connection: a SQLAlchemy connection to that, in a transaction.
+    """
+    connection.exec_driver_sql(_REGISTER, (shard, node))
 
 
 def migrations() -> Path:

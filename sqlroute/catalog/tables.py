@@ -46,7 +46,19 @@ _KINDS = {
     **dict.fromkeys(("text", "varchar"), KeyKind.TEXT),
     "uuid": KeyKind.UUID,
 }
-_CATALOG = frozenset({"alembic_version", "bucket", "commit_record", "keyspace"})
+_CATALOG = frozenset(
+    {
+        "alembic_version",
+        "bucket",
+        "commit_record",
+        "journal",
+        "keyspace",
+        "node",
+        "operation",
+        "operation_step",
+        "shard",
+    }
+)
 _OTHERS = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
 
 

@@ -167,6 +167,8 @@ class Policy:
         connect_timeout: for opening one connection.
         primary_wait: how long a new transaction waits where its shard has lost its primary, which
             may be promoted at this moment.
+        max_held: write transactions of a process that wait for a shard while an operation holds it;
+            what comes beyond these is refused at once.
         deadline: of sessions that name none: how long each may wait in all; ``None`` for no limit.
         allow_functions: names of functions that are reads, whatever ``pg_proc`` says: ``f`` in any
             schema, or ``schema.f``.
@@ -194,6 +196,7 @@ class Policy:
     pool_timeout: float = 30.0
     connect_timeout: float = 5.0
     primary_wait: float = 5.0
+    max_held: int = 1000
     deadline: float | None = None
     allow_functions: tuple[str, ...] = ()
     deny_functions: tuple[str, ...] = ()

@@ -23,11 +23,13 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from sqlroute.health import (
+    FENCE,
     Health,
     NodeHealth,
     Observation,
@@ -47,6 +49,10 @@ JITTER = 0.2
 CLOSE_PATIENCE = 2.0
 """Seconds :meth:`Monitor.close` gives the thread; only a callback can take that long."""
 
+SHORTEST_PAUSE = 0.002
+"""Seconds from one look at a node to the next, whoever wants it: a program that notifies without
+end must not keep the thread, nor the server, busy."""
+
 OnHealth = Callable[[Health, Health], None]
 OnDown = Callable[[str], None]
 
@@ -61,6 +67,9 @@ class Usage(Protocol):
 
     def take_answered(self, node: str) -> tuple[int, float]:
         """Return how many reads a node has answered since the last call, and their seconds."""
+
+    def name_of(self, shard: str) -> str:
+        """Return what the connections to the nodes of a shard are to be called by now."""
 
 
 class Monitor:
@@ -89,6 +98,8 @@ class Monitor:
     _unseen: set[str]
     _rounds: dict[str, Future[None]]
     _news: deque[tuple[Health, Health, str]]
+    idle: frozenset[str]
+    """Shards whose nodes are asked rarely now, since nobody uses them."""
 
     def __init__(
         self,
@@ -106,6 +117,7 @@ class Monitor:
         self.deadline = deadline
         self.rate = rate
         self._usage = usage
+        self.idle = frozenset()
         self.concurrency = concurrency
         self._on_health = on_health
         self._on_down = on_down
@@ -194,6 +206,12 @@ class Monitor:
         if not self._is_closed:
             self._round(shard)
 
+    def tell(self, shard: str) -> None:
+        """Have the nodes of a shard told at once what there is to tell, without waiting for it."""
+        watcher = self._watcher
+        if watcher is not None and not self._is_closed:
+            self._on_thread(watcher.wake, shard)
+
     def report_failure(self, node: str, error: BaseException | str) -> None:
         """Note that a real statement could not be run because of its server.
 
@@ -205,6 +223,10 @@ class Monitor:
             return
         text = explain(error, self._health.topology.node(node))
         self._change(known.shard, lambda old: statement_failed(old, node, text, _now()))
+        watcher = self._watcher
+        if FENCE in text and watcher is not None:
+            # the probe's own connection may be older than the fence, and tells nothing of it
+            self._on_thread(watcher.renew, node)
         if not self._is_closed:
             self._round(known.shard)
             self._on_thread(self._tell)
@@ -323,12 +345,18 @@ class _Watched:
 
     __slots__ = ("asking", "is_used", "node", "probe", "shard", "task", "wake")
 
-    def __init__(self, node: Node, shard: str, keyspace: str) -> None:
+    def __init__(self, node: Node, shard: str, keyspace: str, usage: Usage | None) -> None:
         self.node = node
         self.shard = shard
         self.wake = asyncio.Event()
         self.is_used = True  # when its pause began
-        self.probe = Probe(node, keyspace, on_wake=self.wake.set)
+        self.probe = Probe(
+            node,
+            keyspace,
+            on_wake=self.wake.set,
+            shard=shard,
+            name=None if usage is None else partial(usage.name_of, shard),
+        )
         self.asking: asyncio.Task[Observation] | None = None
         self.task: asyncio.Task[None] | None = None
 
@@ -395,9 +423,21 @@ class _Watcher:
         for name, node in wanted.items():
             if name not in self._watched:
                 shard = topology.shard_of_node[name]
-                watched = _Watched(node, shard, topology.keyspace_of_shard[shard].name)
+                keyspace = topology.keyspace_of_shard[shard].name
+                watched = _Watched(node, shard, keyspace, self._monitor._usage)
                 watched.task = self.loop.create_task(self._watch(watched))
                 self._watched[name] = watched
+
+    def wake(self, shard: str) -> None:
+        for watched in self._watched.values():
+            if watched.shard == shard:
+                watched.wake.set()
+
+    def renew(self, node: str) -> None:
+        watched = self._watched.get(node)
+        if watched is not None:
+            watched.probe.renew()
+            watched.wake.set()
 
     def begin_round(self, shard: str, asked: Future[None]) -> None:
         self._keep(self._rounds, self._ask(shard, asked))
@@ -436,19 +476,28 @@ class _Watcher:
                     await self._observe(watched)
             except Exception:
                 log.exception("probing node %s failed by a fault of the monitor", watched.node)
+            began = self.loop.time()
             timer = self.loop.call_later(self._pause(watched), watched.wake.set)
             await watched.wake.wait()
             timer.cancel()
+            rest = began + SHORTEST_PAUSE - self.loop.time()
+            if rest > 0:
+                await asyncio.sleep(rest)
             watched.wake.clear()
 
     def _pause(self, watched: _Watched) -> float:
         usage = self._monitor._usage
         watched.is_used = usage is None or usage.is_used(watched.shard)
+        idle = self._monitor.idle
+        if watched.is_used is (watched.shard in idle):
+            self._monitor.idle = idle ^ {watched.shard}
+        shard = self._monitor.health.shards.get(watched.shard)
         pause = probe_pause(
             self._health_of(watched),
             interval=self._monitor.interval,
             rate=self._monitor.rate,
             is_used=watched.is_used,
+            is_held=shard is not None and shard.hold is not None,
         )
         return pause * self._random.uniform(1 - JITTER, 1 + JITTER)
 
@@ -467,7 +516,11 @@ class _Watcher:
         if usage is not None and observation.error is None:
             statements, seconds = usage.take_answered(observation.node)
             observation = replace(observation, statements=statements, statement_seconds=seconds)
+        before = self._monitor.health.shards.get(watched.shard)
         self._monitor._observed(observation)
+        now = self._monitor.health.shards.get(watched.shard)
+        if now is not None and now.hold is not None and (before is None or before.hold is None):
+            self.wake(watched.shard)  # whose nodes are asked more often from now on
         return observation
 
     async def _ask(self, shard: str, asked: Future[None]) -> None:
@@ -543,6 +596,17 @@ def _changes(old: Health, new: Health, shard: str) -> Iterator[tuple[int, str]]:
                 f"shard {shard}: the primary is {is_shard.primary} (timeline "
                 f"{is_shard.highest_timeline}), was {was_shard.primary or 'unknown'}",
             )
+    was_hold, hold = was_shard.hold, is_shard.hold
+    if hold is not None and (was_hold is None or was_hold.operation != hold.operation):
+        yield (
+            logging.INFO,
+            f"shard {shard}: operation {hold.operation} holds write transactions, "
+            f"{max(hold.ends_at - hold.since, 0):.1f} s at most",
+        )
+    elif was_hold is not None and hold is None:
+        yield logging.INFO, f"shard {shard}: operation {was_hold.operation} holds no more"
+    if was_shard.revision != is_shard.revision:
+        yield logging.DEBUG, f"shard {shard}: its nodes are at revision {is_shard.revision}"
     if len(is_shard.contenders) > 1 and is_shard.contenders != was_shard.contenders:
         names = ", ".join(is_shard.contenders)
         yield logging.WARNING, f"shard {shard} has more than one primary: {names}"

@@ -10,9 +10,10 @@ Runs on the monitor's event loop. Decides nothing: see :mod:`sqlroute.health`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
 APPLICATION_NAME = "sqlroute monitor"
+"""How a monitor's connections begin their name; what follows is said to the servers, see
+:mod:`sqlroute.runtime.writes`."""
+
+CHANNEL = "sqlroute"
+"""What a primary notifies of when a row of ``sqlroute.shard`` has changed."""
 
 _lives = itertools.count(1)
 
@@ -52,7 +58,9 @@ _IDENTIFIER = "SELECT system_identifier FROM pg_control_system()"
 # single look, whose ELSE arm is safe on both sides. A replica's timeline is the one it receives,
 # or without a connection to its primary (and for roles without pg_read_all_stats) the one in its
 # control file. The catalog is looked for by has_*_privilege, since to_regclass() raises where the
-# role may not use the schema.
+# role may not use the schema; where both its tables were found before, they are not looked for but
+# read, which is an error where they have gone. The name is set by the same query, if there is a new
+# one: it costs no round trip of its own.
 _PROBE = """
 WITH here AS MATERIALIZED (SELECT pg_is_in_recovery() AS standby)
 SELECT here.standby,
@@ -67,28 +75,64 @@ SELECT here.standby,
        CASE WHEN here.standby THEN
            extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END::float8,
        current_setting('default_transaction_read_only') = 'off',
-       (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = 'sqlroute' AND c.relname = 'keyspace'
-        AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')),
+       {found},
        {epoch},
+       {shard},
        {monitors},
+       CASE WHEN %s::text <> '' THEN set_config('application_name', %s::text, false) END,
        extract(epoch FROM pg_postmaster_start_time())::float8
-FROM here
+FROM here {tables} {shard_row}
 """
 
 _CONTROL_TIMELINE = (
     "(SELECT GREATEST(r.min_recovery_end_timeline, c.timeline_id)"
     " FROM pg_control_recovery() r, pg_control_checkpoint() c)"
 )
+_TABLES = """, (
+    SELECT max(c.oid) FILTER (WHERE c.relname = 'keyspace') AS keyspace,
+           max(c.oid) FILTER (WHERE c.relname = 'shard') AS shard
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'sqlroute' AND c.relname IN ('keyspace', 'shard')
+    AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+) tables"""
 _EPOCH = "(SELECT k.epoch FROM sqlroute.keyspace k WHERE k.name = %s)"
+_SHARD = (
+    "s.epoch, CASE WHEN s.state = 'switching' THEN s.operation END,"
+    " extract(epoch FROM s.held_until - clock_timestamp())::float8, s.revision"
+)
+_NO_SHARD = "NULL::bigint, NULL::text, NULL::float8, NULL::bigint"
+_SHARD_ROW = "LEFT JOIN sqlroute.shard s ON s.name = %s"
 
 _MONITORS = (
-    "(SELECT count(*)::int FROM pg_stat_activity WHERE application_name = 'sqlroute monitor')"
+    "(SELECT count(*)::int FROM pg_stat_activity"
+    " WHERE starts_with(application_name, 'sqlroute monitor'))"
 )
 
 # Set by whoever wrote the configuration for the application's connections. A monitor asks each
 # server of each role, one at a time, whatever it is.
 _NOT_FOR_PROBES = ("target_session_attrs", "load_balance_hosts", "application_name")
+
+
+class _Row(NamedTuple):
+    """What the probe's query returns."""
+
+    standby: bool
+    walfile: str | None
+    timeline: int | None
+    lsn: int | None
+    received: int | None
+    age: float | None
+    writable: bool
+    keyspace: int | None
+    shard: int | None
+    epoch: int | None
+    promotion: int | None
+    operation: str | None
+    held_for: float | None
+    revision: int | None
+    monitors: int | None
+    told: str | None
+    started: float
 
 
 class _Facts(NamedTuple):
@@ -108,24 +152,41 @@ class Probe:
     Args:
         node: the server.
         keyspace: whose row of ``sqlroute.keyspace`` holds the epoch of the shard's map.
-        on_wake: called when the idle connection says something on its own, which is nearly always
-            that it has ended: the death of a server is then known in milliseconds.
+        on_wake: called when the idle connection says something on its own: that it has ended, so
+            that the death of a server is known in milliseconds, or that a primary's row of
+            ``sqlroute.shard`` has changed.
+        shard: the node's, whose row of ``sqlroute.shard`` tells of promotions.
+        name: returns what the connection is to be called, asked before each query: how this
+            process tells the servers what they should know of it.
     """
 
     def __init__(
-        self, node: Node, keyspace: str, *, on_wake: Callable[[], None] | None = None
+        self,
+        node: Node,
+        keyspace: str,
+        *,
+        on_wake: Callable[[], None] | None = None,
+        shard: str = "",
+        name: Callable[[], str] | None = None,
     ) -> None:
         self.node = node
         self._keyspace = keyspace
+        self._shard = shard
         self._on_wake = on_wake
+        self._name = name
+        self._named = ""
+        self._is_outdated = False
+        self._listens = False
+        self._was_notified = False
         self._connection: AsyncConnection[Any] | None = None
         self._watched: int | None = None
         self._facts: _Facts | None = None
         self._life = 0
         self._started = 0.0
         self._lock_timeout = ""
-        self._catalog: int | None = None
-        self._unreadable_catalog: int | None = None
+        self._keyspace_table: int | None = None
+        self._shard_table: int | None = None
+        self._unreadable: frozenset[int] = frozenset()
         self._monitors = 0
         self._until_count = 0
 
@@ -151,6 +212,8 @@ class Probe:
         error = asking.exception()
         if error is None:
             self._watch()
+            if self._was_notified and self._on_wake is not None:
+                self._on_wake()  # it came with the answer, which may be from before it
             return asking.result()
         self.drop()
         if not isinstance(error, Exception):
@@ -161,9 +224,15 @@ class Probe:
         """Close the connection without waiting for anything."""
         self._unwatch()
         connection, self._connection = self._connection, None
-        self._facts = self._catalog = self._unreadable_catalog = None
+        self._facts = self._keyspace_table = self._shard_table = None
+        self._unreadable = frozenset()
+        self._listens = self._was_notified = self._is_outdated = False
         if connection is not None:
             connection.pgconn.finish()
+
+    def renew(self) -> None:
+        """Ask over a new connection the next time: only that shows whether the server takes one."""
+        self._is_outdated = True
 
     def fileno(self) -> int | None:
         """Return the descriptor of the kept connection, if there is one."""
@@ -198,64 +267,117 @@ class Probe:
     ) -> Observation:
         connection, facts = connected
         asked = time.monotonic()
-        row: Sequence[Any] = await self._query(connection, facts)
+        row = await self._query(connection, facts)
         rtt = time.monotonic() - asked
-        *row, started = row
-        standby, walfile, timeline, lsn, received, age, writable, catalog, epoch, monitors = row
-        if started != self._started:  # behind a pooler our connection outlives the server
-            self._started, self._life = started, next(_lives)
-        if monitors is None:
+        if not row.standby and not self._listens and not self.node.pooler:
+            await self._listen(connection)
+            row = await self._query(connection, facts)  # what was notified before is in this one
+        if row.started != self._started:  # behind a pooler our connection outlives the server
+            self._started, self._life = row.started, next(_lives)
+        if row.monitors is None:
             self._until_count -= 1
         else:
-            self._until_count = next_count(self._monitors, monitors) - 1
-            self._monitors = monitors
-        if catalog != self._catalog:
-            self._catalog = catalog
-            if catalog is not None and epoch is None and catalog != self._unreadable_catalog:
-                epoch = (await self._query(connection, facts))[-3]
+            self._until_count = next_count(self._monitors, row.monitors) - 1
+            self._monitors = row.monitors
+        if (row.keyspace, row.shard) != (self._keyspace_table, self._shard_table):
+            self._keyspace_table, self._shard_table = row.keyspace, row.shard
+            if any(self._readable):
+                row = row._replace(**_of_catalog(await self._query(connection, facts)))
         return Observation(
             node=self.node.name,
             at=sent,
-            is_primary=not standby,
-            timeline=int(walfile, 16) if walfile else timeline or 0,
+            is_primary=not row.standby,
+            timeline=int(row.walfile, 16) if row.walfile else row.timeline or 0,
             system_identifier=facts.system_identifier,
-            lsn=lsn or 0,
-            received_lsn=received,
-            replay_age=age,
+            lsn=row.lsn or 0,
+            received_lsn=row.received,
+            replay_age=row.age,
             rtt=rtt,
-            epoch=epoch,
+            epoch=row.epoch,
             version=facts.version,
             orders_by_code_point=facts.orders_by_code_point,
-            accepts_writes=not standby and writable,
+            accepts_writes=not row.standby and row.writable,
             life=self._life,
-            monitors=monitors or 0,
+            monitors=row.monitors or 0,
+            promotion=row.promotion,
+            operation=row.operation or "",
+            held_for=row.held_for or 0.0,
+            revision=row.revision or 0,
         )
 
-    async def _query(self, connection: AsyncConnection[Any], facts: _Facts) -> tuple[Any, ...]:
-        """Return the row of the probe, with the epoch if there is a catalog that can be read.
+    async def _listen(self, connection: AsyncConnection[Any]) -> None:
+        """Have a primary tell at once when its row has changed. A standby would refuse that."""
+        from psycopg import Error
+
+        connection.add_notify_handler(self._note)  # without one psycopg keeps all, for ever
+        with contextlib.suppress(Error):  # a proxy may refuse it; a lost connection shows below
+            await _command(connection, f"LISTEN {CHANNEL}")
+        self._listens = True
+
+    def _note(self, _: object) -> None:
+        self._was_notified = True
+
+    @property
+    def _readable(self) -> tuple[bool, bool]:
+        """Whether there is a table of keyspaces, and one of the shard, that can be read."""
+        keyspace, shard = self._keyspace_table, self._shard_table
+        return (
+            keyspace is not None and keyspace not in self._unreadable,
+            shard is not None and shard not in self._unreadable and bool(self._shard),
+        )
+
+    async def _query(self, connection: AsyncConnection[Any], facts: _Facts) -> _Row:
+        """Return the row of the probe, with what can be read of the catalog.
 
         The catalog may be dropped, locked or made otherwise since the last look. Then the same is
-        asked without it, in a second round trip, and a table that is not ours is left alone until
+        asked without it, in further round trips, and a table that is not ours is left alone until
         another one has its name.
         """
         from psycopg import ProgrammingError, errors
 
-        counts = self._until_count <= 0
-        if self._catalog is not None and self._catalog != self._unreadable_catalog:
+        keyspace, shard = self._readable
+        # with both; where that fails, with each alone: it shows which of them is wrong
+        for has_keyspace, has_shard in dict.fromkeys(
+            ((keyspace, shard), (keyspace, False), (False, shard))
+        ):
+            if not (has_keyspace or has_shard):
+                continue
             try:
-                return await self._row(
-                    connection,
-                    _statement(facts.may_read_control_file, has_catalog=True, counts=counts),
-                    (self._keyspace,),
-                )
+                found = await self._ask_for(connection, facts, has_keyspace, has_shard)
             except errors.LockNotAvailable:
-                pass
+                break
             except ProgrammingError:  # no such table, column or right: the classes 42 and 3F
-                self._unreadable_catalog = self._catalog
-        return await self._row(
-            connection,
-            _statement(facts.may_read_control_file, has_catalog=False, counts=counts),
+                continue
+            if has_keyspace is not keyspace:
+                self._unreadable |= {self._keyspace_table or 0}
+            if has_shard is not shard:
+                self._unreadable |= {self._shard_table or 0}
+            return found
+        else:
+            self._unreadable |= {self._keyspace_table or 0, self._shard_table or 0}
+        return await self._ask_for(connection, facts, False, False)
+
+    async def _ask_for(
+        self, connection: AsyncConnection[Any], facts: _Facts, has_keyspace: bool, has_shard: bool
+    ) -> _Row:
+        name = "" if self._name is None or self.node.pooler else self._name()
+        given = "" if name == self._named else name
+        if self._listens:
+            _forget_notifications(connection)
+            self._was_notified = False
+        statement = _statement(
+            facts.may_read_control_file,
+            has_keyspace=has_keyspace,
+            has_shard=has_shard,
+            counts=self._until_count <= 0,
         )
+        keyspace = (self._keyspace,) if has_keyspace else ()
+        shard = (self._shard,) if has_shard else ()
+        row = _Row(*await self._row(connection, statement, (*keyspace, given, given, *shard)))
+        self._named = given or self._named
+        if has_keyspace and has_shard:
+            return row._replace(keyspace=self._keyspace_table, shard=self._shard_table)
+        return row
 
     async def _row(
         self, connection: AsyncConnection[Any], statement: str, values: tuple[Any, ...] = ()
@@ -268,14 +390,17 @@ class Probe:
         return self._connection is not None and self._connection.closed
 
     async def _connected(self, deadline: float) -> tuple[AsyncConnection[Any], _Facts]:
+        if self._is_outdated:
+            self.drop()
         if self._connection is not None and self._facts is not None:
             return self._connection, self._facts
+        name = self._name() if self._name is not None and not self.node.pooler else ""
         connection = await _connection_class().connect(
-            **_parameters(self.node),
+            **_parameters(self.node, name or APPLICATION_NAME),
             autocommit=True,
             prepare_threshold=None if self.node.pooler else 0,
         )
-        self._connection = connection
+        self._connection, self._named = connection, name
         self._life = next(_lives)
         self._lock_timeout = f"{max(1, round(deadline * 1000 / 4))}ms"
         row = await _row(connection, _FACTS, (self._lock_timeout, bool(self.node.pooler)))
@@ -286,9 +411,10 @@ class Probe:
         # takes 20 times as long and would spoil the round-trip time.
         self._until_count = 0
         for counts in (False, True):
-            await self._row(
-                connection, _statement(may_read_control_file, has_catalog=False, counts=counts)
+            statement = _statement(
+                may_read_control_file, has_keyspace=False, has_shard=False, counts=counts
             )
+            await self._row(connection, statement, ("", ""))
         return connection, self._facts
 
     def _watch(self) -> None:
@@ -324,18 +450,45 @@ def _secrets(node: Node) -> tuple[str, ...]:
     return (password, *options) if password else options
 
 
-def _parameters(node: Node) -> Mapping[str, Any]:
+def _parameters(node: Node, name: str) -> Mapping[str, Any]:
     values = {k: v for k, v in node.conninfo().items() if k not in _NOT_FOR_PROBES}
-    return {**values, "application_name": APPLICATION_NAME}
+    return {**values, "application_name": name}
 
 
 @cache
-def _statement(may_read_control_file: bool, *, has_catalog: bool, counts: bool) -> str:
+def _statement(
+    may_read_control_file: bool, *, has_keyspace: bool, has_shard: bool, counts: bool
+) -> str:
     return _PROBE.format(
         control_timeline=_CONTROL_TIMELINE if may_read_control_file else "0",
-        epoch=_EPOCH if has_catalog else "NULL::bigint",
+        epoch=_EPOCH if has_keyspace else "NULL::bigint",
+        shard=_SHARD if has_shard else _NO_SHARD,
+        shard_row=_SHARD_ROW if has_shard else "",
         monitors=_MONITORS if counts else "NULL::int",
+        found="NULL::oid, NULL::oid"
+        if has_keyspace and has_shard
+        else "tables.keyspace, tables.shard",
+        tables="" if has_keyspace and has_shard else _TABLES,
     )
+
+
+def _of_catalog(row: _Row) -> dict[str, Any]:
+    """Return what a row says of the catalog."""
+    names = ("epoch", "promotion", "operation", "held_for", "revision")
+    return {name: getattr(row, name) for name in names}
+
+
+def _forget_notifications(connection: AsyncConnection[Any]) -> None:
+    """Take what has come before a query: its answer is newer, and needs no further look for it."""
+    pgconn = connection.pgconn
+    pgconn.consume_input()
+    while pgconn.notifies() is not None:
+        pass
+
+
+async def _command(connection: AsyncConnection[Any], text: str) -> None:
+    async with connection.cursor() as cursor:
+        await cursor.execute(text.encode())
 
 
 async def _row(
@@ -368,11 +521,10 @@ async def _prepared_row(
 
     def ask(name: bytes) -> Any:
         if statement not in names:
-            query = statement.replace("%s", "$1").replace("%%", "%")
-            pgconn.send_prepare(name, query.encode())
+            pgconn.send_prepare(name, _numbered(statement).encode())
             check((yield from execute(pgconn)))
             names[statement] = name
-        given = [value.encode() for value in values]
+        given: list[bytes] = [value.encode() for value in values]
         pgconn.send_query_prepared(name, given or None, result_format=Format.BINARY)
         return check((yield from execute(pgconn)))
 
@@ -388,6 +540,12 @@ async def _prepared_row(
     row = transformer.load_row(0, tuple)
     assert row is not None
     return row
+
+
+def _numbered(statement: str) -> str:
+    """Return a statement of psycopg's with the server's placeholders."""
+    first, *others = statement.split("%s")
+    return first + "".join(f"${number}{part}" for number, part in enumerate(others, 1))
 
 
 async def _row_of_transaction(

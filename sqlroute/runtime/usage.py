@@ -24,10 +24,12 @@ class ProgramUsage:
     Args:
         on_look: called with the name of each node that has answered a probe, in the monitor's
             thread.
+        name_of: returns what the monitor's connections to the nodes of a shard are called now.
     """
 
-    def __init__(self, on_look: Callable[[str], None]) -> None:
+    def __init__(self, on_look: Callable[[str], None], name_of: Callable[[str], str]) -> None:
         self._on_look = on_look
+        self.name_of = name_of
         self._used: dict[str, float] = {}
         self._answered: dict[str, list[float]] = {}
         self._allowances: dict[str, Allowance] = {}

@@ -17,6 +17,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from sqlroute.runtime.engines import Engines
 from sqlroute.runtime.limits import Limit
+from sqlroute.runtime.writes import Writes
 
 T = TypeVar("T")
 
@@ -28,25 +29,44 @@ SHORTEST_LOOK = 0.02
 
 
 class Waits:
-    """One caller's wait for a primary: the first look at once, further ones with pauses."""
+    """One caller's wait for a primary: the first look at once, further ones with pauses.
 
-    def __init__(self, patience: float, limit: Limit | None) -> None:
-        self._began = time.monotonic()
-        self._ends = self._began + patience
-        if limit is not None:
-            self._ends = min(self._ends, limit.at)
+    Args:
+        patience: seconds to wait; while the shard is held, from the end of that.
+        most: callers that may wait for a held shard.
+    """
+
+    def __init__(
+        self, writes: Writes, shard: str, patience: float, limit: Limit | None, most: int
+    ) -> None:
+        self._writes, self._shard, self._most = writes, shard, most
+        self._patience = patience
+        self._limit = limit
+        self._until = time.monotonic() + patience
         self._pause = 0.0
+
+    @property
+    def _ends(self) -> float:
+        hold = self._writes.hold(self._shard)
+        if hold is not None:
+            self._until = max(self._until, hold.ends_at + self._patience)
+        return self._until if self._limit is None else min(self._until, self._limit.at)
 
     def left(self) -> float:
         return max(self._ends - time.monotonic(), SHORTEST_LOOK)
 
     def goes_on(self, engines: Engines) -> bool:
-        """Pause, and say whether to look once more."""
+        """Wait for a primary, or a pause, and say whether to look once more.
+
+        Raises:
+            NoPrimary: the shard is held, and too many wait for it.
+        """
         pause = self._pause
         if pause:
             if time.monotonic() >= self._ends:
                 return False
-            sleep(engines, min(pause, self.left()))
+            pause = min(pause, self.left())
+            self._writes.await_primary(self._shard, engines, pause, self._most)
         self._pause = min(2 * pause + 0.01, LONGEST_PAUSE)
         return True
 

@@ -729,6 +729,9 @@ class SomeUse:
     def take_answered(self, node: str) -> tuple[int, float]:
         return 0, 0.0
 
+    def name_of(self, shard: str) -> str:
+        return APPLICATION_NAME
+
 
 def test_a_shard_that_is_used_again_is_watched_again(
     servers: LocalTopology, make_monitor: MakeMonitor

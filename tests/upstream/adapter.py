@@ -50,6 +50,8 @@ POLICY = Policy(max_lag=3600.0, token_wait=60.0)
 class _SameServer:
     """In place of the monitor, where the replica is the primary's server: always up, never late."""
 
+    idle: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.health = Health.initial(TOPOLOGY)
         self.ask(SHARD, 0.0)
@@ -69,6 +71,9 @@ class _SameServer:
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def tell(self, shard: str) -> None:
+        """Nobody asks."""
 
     def report_failure(self, node: str, error: object) -> None:
         """A test that breaks its connection breaks no server."""
