@@ -1,0 +1,570 @@
+"""What an operator's command asks of one server, and tells it, in SQL.
+
+One connection per node, of the operator's role, with the fences passed on purpose and commits that
+wait for no standby: a synchronous one that is away must not stop the command that brings another.
+Every statement has a time limit on this side, too: a server under SIGSTOP accepts connections and
+never answers. Decides nothing: see :mod:`sqlroute.ops.preflight` and :mod:`sqlroute.ops.steps`.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import dict_row
+
+from sqlroute.errors import DeadlineExceeded, OperationFailed
+from sqlroute.ops import fences
+from sqlroute.routing.token import parse_lsn
+from sqlroute.runtime.limits import Connecting, Limit, limited
+from sqlroute.topology import Node
+
+APPLICATION_NAME = "sqlroute operator"
+STOPPED = "sqlroute stopped"
+"""Begins the ``fallback_application_name`` of a receiver that a failover has stopped: what follows
+is where it had received from."""
+
+_NOWHERE = "/sqlroute-stopped"
+"""Where a stopped receiver looks for its primary: a directory of sockets that is not there."""
+
+T = TypeVar("T")
+
+_NOT_FOR_OPERATORS = (
+    "application_name",
+    "connect_timeout",
+    "load_balance_hosts",
+    "target_session_attrs",
+)
+
+_FACTS = """
+SELECT pg_is_in_recovery() AS standby,
+       (SELECT system_identifier FROM pg_control_system()) AS system_identifier,
+       current_setting('server_version_num')::int AS version,
+       CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END
+           AS walfile,
+       CASE WHEN pg_is_in_recovery() THEN
+           COALESCE((SELECT received_tli FROM pg_stat_wal_receiver),
+                    (SELECT GREATEST(r.min_recovery_end_timeline, c.timeline_id)
+                       FROM pg_control_recovery() r, pg_control_checkpoint() c)) END AS timeline,
+       CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_flush_lsn()
+            ELSE pg_last_wal_replay_lsn() END::text AS replayed,
+       CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn()
+            ELSE GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) END::text
+           AS received,
+       CASE WHEN pg_is_in_recovery() THEN pg_get_wal_replay_pause_state() END AS pause_state,
+       (SELECT to_jsonb(r) FROM (SELECT status, sender_host, sender_port, slot_name, received_tli,
+           extract(epoch FROM clock_timestamp() - last_msg_receipt_time)::float8 AS age
+           FROM pg_stat_wal_receiver) r) AS receiver,
+       (SELECT coalesce(jsonb_agg(to_jsonb(s)), '[]') FROM (SELECT application_name AS name, state,
+           client_addr::text AS address, sync_state FROM pg_stat_replication) s) AS senders,
+       (SELECT coalesce(jsonb_agg(to_jsonb(s)), '[]') FROM (SELECT slot_name AS name, slot_type AS
+           type, active, to_jsonb(p) ->> 'failover' AS failover, database
+           FROM pg_replication_slots p) s) AS slots,
+       (SELECT count(*) FROM pg_prepared_xacts) AS prepared,
+       (SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0)::float8
+          FROM pg_stat_activity WHERE backend_type = 'client backend'
+           AND pid <> pg_backend_pid()) AS oldest_transaction,
+       (SELECT count(*) FROM pg_stat_progress_basebackup) AS backups,
+       (SELECT to_jsonb(a) FROM (SELECT failed_count, last_failed_time > coalesce(
+           last_archived_time, '-infinity') AS failing FROM pg_stat_archiver) a) AS archiver,
+       (SELECT coalesce(jsonb_object_agg(extname, extversion), '{}') FROM pg_extension)
+           AS extensions,
+       (SELECT jsonb_build_array(datcollate, to_jsonb(d) ->> 'datcollversion',
+           pg_database_collation_actual_version(oid))
+          FROM pg_database d WHERE datname = current_database()) AS collation,
+       (SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL) AS subscriptions,
+       (SELECT jsonb_object_agg(name, setting) FROM pg_settings WHERE name = ANY (%s)) AS settings,
+       (SELECT array_agg(application_name) FROM pg_stat_activity
+         WHERE application_name LIKE 'sqlroute monitor%%') AS monitors
+"""
+
+SETTINGS = (
+    "archive_mode",
+    "cluster_name",
+    "data_checksums",
+    "data_directory",
+    "default_transaction_read_only",
+    "full_page_writes",
+    "max_connections",
+    "max_locks_per_transaction",
+    "max_prepared_transactions",
+    "max_replication_slots",
+    "max_wal_senders",
+    "max_worker_processes",
+    "primary_conninfo",
+    "primary_slot_name",
+    "recovery_min_apply_delay",
+    "session_preload_libraries",
+    "synchronous_standby_names",
+    "wal_keep_size",
+    "wal_level",
+    "wal_log_hints",
+    "wal_receiver_timeout",
+)
+
+_RIGHTS = """
+SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
+       has_parameter_privilege('default_transaction_read_only', 'ALTER SYSTEM') AS l1,
+       has_parameter_privilege('synchronous_standby_names', 'ALTER SYSTEM') AS l2,
+       has_parameter_privilege('session_preload_libraries', 'ALTER SYSTEM') AS l3,
+       has_parameter_privilege('primary_conninfo', 'ALTER SYSTEM') AS repoint,
+       has_function_privilege('pg_reload_conf()', 'EXECUTE') AS reload,
+       has_function_privilege('pg_promote(boolean, integer)', 'EXECUTE') AS promote,
+       pg_has_role('pg_signal_backend', 'USAGE') AS signal,
+       pg_has_role('pg_checkpoint', 'USAGE') AS checkpoint,
+       pg_has_role('pg_read_all_stats', 'USAGE') AS stats,
+       pg_has_role('pg_read_all_settings', 'USAGE') AS settings,
+       pg_has_role('pg_execute_server_program', 'USAGE') AS program
+"""
+
+_SHARD = """
+SELECT name, epoch, node, timeline, state, operation, revision,
+       extract(epoch FROM held_until - clock_timestamp())::float8 AS left
+  FROM sqlroute.shard
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """The row of ``sqlroute.shard`` as one node shows it.
+
+    Attributes:
+        left: seconds that the hold may still last; ``None`` without one.
+    """
+
+    name: str
+    epoch: int
+    node: str | None
+    timeline: int | None
+    state: str
+    operation: str | None
+    revision: int
+    left: float | None
+
+    @property
+    def is_held(self) -> bool:
+        return self.state == "switching"
+
+
+class Unreachable(OperationFailed):
+    """A server does not answer the operator.
+
+    Attributes:
+        refused: nothing listens there: its port answers that at once.
+        hung: it accepts connections, or holds them, and says nothing.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False, hung: bool = False) -> None:
+        self.refused = refused
+        self.hung = hung
+        super().__init__(message)
+
+
+class Server:
+    """One server, as an operator sees it.
+
+    Args:
+        node: with the operator's credentials.
+        patience: seconds that connecting and each statement may take.
+    """
+
+    def __init__(self, node: Node, *, patience: float = 5.0) -> None:
+        self.node = node
+        self.patience = patience
+        self._connection: psycopg.Connection[Any] | None = None
+        self._is_plain = False
+
+    def __repr__(self) -> str:
+        state = "connected" if self._connection is not None else "not connected"
+        return f"<Server {self.node.name}, {state}>"
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    def close(self) -> None:
+        """Close the connection without a word: the server may hang."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.pgconn.finish()
+
+    # asking
+
+    def rows(self, query: str | sql.Composable, values: Any = ()) -> list[dict[str, Any]]:
+        """Run one statement and return its rows.
+
+        Raises:
+            Unreachable: the server does not answer in time, or is not there.
+            OperationFailed: it refuses.
+        """
+        connection = self._connected()
+        text: Any = query.as_string() if isinstance(query, sql.Composable) else query
+        try:
+            limit = Limit.after(self.patience)
+            cursor = limited(connection, limit, connection.execute, text, values or None)
+            return cursor.fetchall() if cursor.description else []
+        except DeadlineExceeded as error:
+            self.close()
+            raise self._silent() from error
+        except psycopg.Error as error:
+            if connection.closed or error.sqlstate is None or error.sqlstate.startswith("57P"):
+                self.close()
+                raise Unreachable(self._said(error)) from error
+            raise OperationFailed(self._said(error)) from error
+
+    def row(self, query: str | sql.Composable, values: Any = ()) -> dict[str, Any]:
+        """Return the only row of a statement. Raises: as :meth:`rows`."""
+        return self.rows(query, values)[0]
+
+    def value(self, query: str | sql.Composable, values: Any = ()) -> Any:
+        """Return the only value of a statement. Raises: as :meth:`rows`."""
+        return next(iter(self.row(query, values).values()))
+
+    def is_standby(self) -> bool:
+        return bool(self.value("SELECT pg_is_in_recovery()"))
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that a preflight wants to know. Raises: as :meth:`rows`."""
+        return {**self.row(_FACTS, (list(SETTINGS),)), "rights": self.row(_RIGHTS)}
+
+    def shard_row(self) -> ShardRow | None:
+        """Return the shard's row, ``None`` without a catalog that has one."""
+        if not self.value(
+            "SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = 'sqlroute' AND c.relname = 'shard')"
+        ):
+            return None
+        rows = self.rows(_SHARD)
+        return ShardRow(**rows[0]) if rows else None
+
+    def position(self) -> int:
+        """Return what a primary has flushed, or a standby has replayed, in bytes."""
+        return _lsn(
+            self.value(
+                "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()"
+                " ELSE pg_current_wal_flush_lsn() END)::text"
+            )
+        )
+
+    def received(self) -> int:
+        """Return what a standby has on its own disk, in bytes."""
+        return _lsn(
+            self.value("SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())::text")
+        )
+
+    def timeline(self) -> int:
+        """Return a primary's timeline; a control file may show the old one for seconds."""
+        return int(self.value("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"), 16)
+
+    def monitors(self) -> list[str]:
+        """Return the application names of the routers that watch this server."""
+        rows = self.rows(
+            "SELECT application_name FROM pg_stat_activity"
+            " WHERE application_name LIKE 'sqlroute monitor%'"
+        )
+        return [row["application_name"] for row in rows]
+
+    def setting(self, name: str) -> str:
+        return str(self.value("SELECT current_setting(%s)", (name,)))
+
+    def follows(self) -> dict[str, Any]:
+        """Return where a standby is told to receive from, as libpq parameters."""
+        return conninfo_to_dict(self.setting("primary_conninfo"))
+
+    # telling
+
+    def alter(self, **settings: str | None) -> None:
+        """Set server-wide settings, ``None`` to reset, and have them read."""
+        for name, value in settings.items():
+            if value is None:
+                self.rows(sql.SQL("ALTER SYSTEM RESET {}").format(sql.Identifier(name)))
+            else:
+                self.rows(
+                    sql.SQL("ALTER SYSTEM SET {} = {}").format(
+                        sql.Identifier(name), sql.Literal(value)
+                    )
+                )
+        self.rows("SELECT pg_reload_conf()")
+
+    def checkpoint(self, patience: float) -> None:
+        """Write everything out, so that a stop or a promotion soon has little to do."""
+        with self._patient(patience):
+            self.rows("CHECKPOINT")
+
+    def follow(self, host: str, port: int, slot: str | None = None) -> None:
+        """Have a standby receive from another node; all else of its conninfo stays.
+
+        Args:
+            slot: its replication slot there; ``None`` for none.
+        """
+        known = self.follows()
+        if str(known.get("fallback_application_name", "")).startswith(STOPPED):
+            known.pop("fallback_application_name")
+        known.pop("hostaddr", None)
+        self.alter(
+            primary_conninfo=make_conninfo(**{**known, "host": host, "port": port}),
+            primary_slot_name=slot or "",
+        )
+
+    def stop_receiving(self) -> None:
+        """Have a standby receive from nobody; where it received from stays written down."""
+        known = self.follows()
+        if known.get("host") == _NOWHERE:
+            return
+        was = f"{STOPPED} {known.get('host', '')} {known.get('port', 5432)}"
+        known.pop("hostaddr", None)
+        self.alter(
+            primary_conninfo=make_conninfo(
+                **{**known, "host": _NOWHERE, "fallback_application_name": was}
+            )
+        )
+
+    def stopped_from(self) -> tuple[str, int] | None:
+        """Return where a stopped receiver had received from; ``None`` if it is not stopped."""
+        return stopped_from(self.follows())
+
+    def receiver(self) -> dict[str, Any] | None:
+        """Return the state of a standby's receiver, ``None`` if there is none."""
+        rows = self.rows(
+            "SELECT pid, status, sender_host, sender_port, received_tli,"
+            " extract(epoch FROM clock_timestamp() - last_msg_receipt_time)::float8 AS age"
+            " FROM pg_stat_wal_receiver"
+        )
+        return rows[0] if rows else None
+
+    def create_slot(self, name: str) -> bool:
+        """Create a physical slot that keeps WAL from now on; say if it was not there."""
+        return bool(
+            self.rows(
+                "SELECT pg_create_physical_replication_slot(%s, true) WHERE NOT EXISTS"
+                " (SELECT FROM pg_replication_slots WHERE slot_name = %s)",
+                (name, name),
+            )
+        )
+
+    def drop_slots(self, names: list[str]) -> None:
+        """Drop physical slots that nobody uses; others are left alone."""
+        self.rows(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+            " WHERE slot_name = ANY (%s) AND slot_type = 'physical' AND NOT active",
+            (names,),
+        )
+
+    def hold(self, operation: str, seconds: float) -> None:
+        """Ask the routers to start no more write transactions on the shard."""
+        self.transaction(
+            (
+                "UPDATE sqlroute.shard SET state = 'switching', operation = %s,"
+                " held_until = clock_timestamp() + make_interval(secs => %s)",
+                (operation, seconds),
+            ),
+            ("SELECT pg_notify('sqlroute', (SELECT name FROM sqlroute.shard))", ()),
+        )
+
+    def release(self) -> None:
+        """Let the routers write again."""
+        self.transaction(
+            (
+                "UPDATE sqlroute.shard SET state = 'steady', operation = NULL, held_until = NULL",
+                (),
+            ),
+            ("SELECT pg_notify('sqlroute', (SELECT name FROM sqlroute.shard))", ()),
+        )
+
+    def transaction(self, *statements: tuple[str, Any]) -> list[dict[str, Any]]:
+        """Run statements as one transaction; return the rows of the last one."""
+        found: list[dict[str, Any]] = []
+        self.rows("BEGIN READ WRITE")
+        try:
+            for query, values in statements:
+                found = self.rows(query, values)
+            self.rows("COMMIT")
+        except OperationFailed:
+            if self._connection is not None and not self._connection.closed:
+                self.rows("ROLLBACK")
+            raise
+        return found
+
+    def others(self, since: str | None = None) -> int:
+        """Count the client sessions beside the operator's, or those in a transaction begun before.
+
+        A session that waits for a synchronous standby has committed already and does not count.
+
+        Args:
+            since: a time of the server's; counts transactions that began before that.
+        """
+        if since is None:
+            return int(
+                self.value(
+                    "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                    " AND pid <> pg_backend_pid()"
+                )
+            )
+        return int(
+            self.value(
+                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                " AND pid <> pg_backend_pid() AND xact_start < %s::timestamptz"
+                " AND state <> 'idle' AND wait_event IS DISTINCT FROM 'SyncRep'",
+                (since,),
+            )
+        )
+
+    def terminate_others(self) -> int:
+        """End all client sessions beside this one; return how many were there."""
+        return len(
+            self.rows(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+        )
+
+    def mark(self) -> int:
+        """Write a marker and return the position up to which the log is flushed with it."""
+        self.rows("BEGIN READ WRITE")
+        self.rows("SELECT pg_logical_emit_message(true, 'sqlroute', 'the end of this epoch')")
+        self.rows("COMMIT")
+        return self.position()
+
+    def promote(self) -> None:
+        """Ask a standby to become the primary; returns at once."""
+        self.rows("SELECT pg_promote(false)")
+
+    def is_refused(self) -> bool:
+        """Try an ordinary session; say if a fence refuses it.
+
+        Raises:
+            Unreachable: nobody answers at all.
+        """
+        values = {k: v for k, v in self.node.conninfo().items() if k != "options"}
+        try:
+            connection = connect(values, self.patience)
+        except DeadlineExceeded as error:
+            raise self._silent() from error
+        except psycopg.OperationalError as error:
+            if fences.is_fence_error(str(error)):
+                return True
+            raise Unreachable(self._said(error), refused=_is_refused(error)) from error
+        connection.pgconn.finish()
+        return False
+
+    # inside
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is not None and not self._connection.closed:
+            return self._connection
+        self.close()
+        values: dict[str, Any] = dict(self.node.conninfo())
+        values["options"] = " ".join(
+            part
+            for part in (
+                str(values.get("options", "")),
+                "" if self._is_plain else fences.NO_FENCE["options"],
+                "-c synchronous_commit=local -c lock_timeout=3s -c search_path=pg_catalog",
+                "-c statement_timeout=0 -c idle_in_transaction_session_timeout=0",
+            )
+            if part
+        )
+        try:
+            connection = connect(values, self.patience)
+        except DeadlineExceeded as error:
+            raise self._silent() from error
+        except psycopg.OperationalError as error:
+            if not self._is_plain and "permission denied to set parameter" in str(error):
+                self._is_plain = True  # no superuser: it cannot pass a fence, but can do the rest
+                return self._connected()
+            raise Unreachable(self._said(error), refused=_is_refused(error)) from error
+        self._connection = connection
+        return connection
+
+    @contextmanager
+    def _patient(self, patience: float) -> Iterator[None]:
+        before, self.patience = self.patience, patience
+        try:
+            yield
+        finally:
+            self.patience = before
+
+    def _silent(self) -> Unreachable:
+        return Unreachable(f"{self.name}: no answer within {self.patience:g} s", hung=True)
+
+    def _said(self, error: BaseException) -> str:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        text = lines[0] if lines else type(error).__name__
+        password = self.node.password
+        if password is not None and password.reveal():
+            text = text.replace(password.reveal(), "***")
+        return f"{self.node.name}: {text}"
+
+
+def connect(values: Mapping[str, Any], patience: float) -> psycopg.Connection[Any]:
+    """Connect, in AUTOCOMMIT, rows as dicts.
+
+    libpq's own time limit has whole seconds and is per address; so the time is kept here.
+
+    Raises:
+        psycopg.OperationalError: it is not there, or refuses.
+        DeadlineExceeded: it did not answer in time.
+    """
+    known = {k: v for k, v in values.items() if k not in _NOT_FOR_OPERATORS}
+
+    def work() -> psycopg.Connection[Any]:
+        return psycopg.connect(
+            **known,
+            application_name=APPLICATION_NAME,
+            connect_timeout=max(2, round(patience + 1)),  # libpq takes 1 for 2
+            autocommit=True,
+            row_factory=dict_row,
+            prepare_threshold=None,
+        )
+
+    return Connecting().connect(Limit.after(patience), work)
+
+
+def stopped_from(conninfo: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return where a receiver stopped by a failover had received from; ``None`` for others."""
+    was = str(conninfo.get("fallback_application_name", ""))
+    if conninfo.get("host") != _NOWHERE or not was.startswith(STOPPED):
+        return None
+    host, _, port = was.removeprefix(STOPPED).strip().rpartition(" ")
+    return host, int(port)
+
+
+def is_at(host: str, port: int, other_host: str, other_port: int) -> bool:
+    """Say if two addresses are the same place; names are looked up."""
+    if int(port) != int(other_port):
+        return False
+    return host == other_host or bool(_addresses(host) & _addresses(other_host))
+
+
+def wait_for(condition: Callable[[], T], *, timeout: float, pause: float = 0.002) -> T:
+    """Return the first true answer, or the last false one when the time is over."""
+    ends = time.monotonic() + timeout
+    while True:
+        found = condition()
+        if found or time.monotonic() >= ends:
+            return found
+        time.sleep(pause)
+
+
+def _addresses(host: str) -> set[str]:
+    if host.startswith("/") or not host:
+        return {host}
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return {host}
+
+
+def _lsn(text: str | None) -> int:
+    return parse_lsn(text) if text else 0
+
+
+def _is_refused(error: BaseException) -> bool:
+    return "Connection refused" in str(error)
