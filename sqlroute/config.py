@@ -185,7 +185,6 @@ def _described_operator(operator: Operator) -> dict[str, Any]:
         "user": operator.user,
         "password": None if operator.password is None else str(operator.password),
         "passfile": operator.passfile,
-        "database": operator.database,
     }
 
 
@@ -479,7 +478,6 @@ class _OperatorTable(_Table):
     user: str = ""
     password: str = ""
     passfile: str = ""
-    database: str = ""
 
 
 class _DriverTable(_Table):
@@ -572,7 +570,6 @@ def _operations(document: _Document) -> Operations:
         user=table.user,
         password=Secret(table.password) if table.password else None,
         passfile=table.passfile,
-        database=table.database,
     )
     drivers = []
     for pattern, each in document.drivers.items():

@@ -27,7 +27,6 @@ class Operator:
     user: str = ""
     password: Secret | None = None
     passfile: str = ""
-    database: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def read_history(nodes: Iterable[Node], timeline: int, timeout: float) -> dict[i
                             raise
                         refused = refused or error
                     else:
-                        return _parsed(text)
+                        return parse_history(text)
         except psycopg.OperationalError:
             continue
     if refused is None:
@@ -61,7 +61,7 @@ def read_history(nodes: Iterable[Node], timeline: int, timeout: float) -> dict[i
     return {}
 
 
-def _parsed(text: str) -> dict[int, int]:
+def parse_history(text: str) -> dict[int, int]:
     """Return the ends of timelines in a history file: ``1<tab>0/3000150<tab>reason`` a line."""
     found: dict[int, int] = {}
     for line in text.splitlines():

@@ -17,10 +17,12 @@ PREFIX = "sqlroute_fence_epoch_"
 """A library that nobody has: a session that must load it cannot begin, and its error names it."""
 
 SYNCHRONOUS = "sqlroute_fence"
-"""A standby that nobody has: commits wait for it."""
+"""Begins the name of a standby that nobody has, for which commits wait; the rest of the name is
+what ``synchronous_standby_names`` was before, in hexadecimal, so that it can be given back."""
 
-NO_FENCE = {"options": "-c session_preload_libraries= -c default_transaction_read_only=off"}
-"""With it a superuser passes the fences L1 and L3, on purpose; no ordinary role may set that."""
+NO_FENCE = "-c session_preload_libraries= -c default_transaction_read_only=off"
+"""Options of a session: with them a superuser passes the fences L1 and L3, on purpose; no ordinary
+role may set that."""
 
 
 class Level(IntEnum):
@@ -73,8 +75,20 @@ def unfenced(libraries: str) -> str:
 
 def synchronous_fenced(names: str) -> str:
     """Return ``synchronous_standby_names`` that no set of standbys can satisfy."""
-    del names  # what was there is in the file below, and comes back with RESET
-    return SYNCHRONOUS
+    if is_synchronous_fence(names):
+        return names
+    return f"{SYNCHRONOUS}_{names.encode().hex()}"
+
+
+def synchronous_unfenced(names: str) -> str:
+    """Return ``synchronous_standby_names`` as it was before its fence."""
+    if not is_synchronous_fence(names):
+        return names
+    return bytes.fromhex(names.removeprefix(SYNCHRONOUS).lstrip("_")).decode()
+
+
+def is_synchronous_fence(names: str) -> bool:
+    return re.fullmatch(rf"{SYNCHRONOUS}(_([0-9a-f]{{2}})*)?", names) is not None
 
 
 def is_fence_error(text: str) -> bool:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlroute.ops import synchronous
-from sqlroute.ops.fences import PREFIX, Level, epoch_of
+from sqlroute.ops.fences import Level, epoch_of, is_synchronous_fence
 from sqlroute.routing.token import parse_lsn
 
 MUST_NOT_SHRINK = (
@@ -116,7 +116,7 @@ class NodeFacts:
         """The strongest fence that is set on it in SQL."""
         if epoch_of(self.setting("session_preload_libraries")) is not None:
             return Level.L3
-        if PREFIX.startswith(self.setting("synchronous_standby_names") or "-"):
+        if is_synchronous_fence(self.setting("synchronous_standby_names")):
             return Level.L2
         return Level.L1 if self.setting("default_transaction_read_only") == "on" else Level.NONE
 
@@ -149,6 +149,11 @@ def strongest(facts: NodeFacts, wanted: Level | None = None) -> Level:
     if Level.L4 in found:
         return Level.L4
     return found[-1] if found else Level.NONE
+
+
+def strongest_in_sql(facts: NodeFacts) -> Level:
+    """Return the strongest fence that needs neither a driver nor a hook; NONE if there is none."""
+    return max((f for f in possible_levels(facts) if f <= Level.L3), default=Level.NONE)
 
 
 def refusals(checks: Iterable[Check]) -> tuple[str, ...]:

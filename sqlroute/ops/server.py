@@ -34,6 +34,11 @@ is where it had received from."""
 _NOWHERE = "/sqlroute-stopped"
 """Where a stopped receiver looks for its primary: a directory of sockets that is not there."""
 
+_OPTIONS = (
+    "-c synchronous_commit=local -c lock_timeout=3s -c search_path=pg_catalog"
+    " -c statement_timeout=0 -c idle_in_transaction_session_timeout=0"
+)
+
 T = TypeVar("T")
 
 _NOT_FOR_OPERATORS = (
@@ -109,6 +114,8 @@ SETTINGS = (
     "wal_receiver_timeout",
 )
 
+_OF_FENCES = ("session_preload_libraries", "default_transaction_read_only")
+
 _RIGHTS = """
 SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
        has_parameter_privilege('default_transaction_read_only', 'ALTER SYSTEM') AS l1,
@@ -121,13 +128,29 @@ SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser
        pg_has_role('pg_checkpoint', 'USAGE') AS checkpoint,
        pg_has_role('pg_read_all_stats', 'USAGE') AS stats,
        pg_has_role('pg_read_all_settings', 'USAGE') AS settings,
-       pg_has_role('pg_execute_server_program', 'USAGE') AS program
+       pg_has_role('pg_execute_server_program', 'USAGE') AS program,
+       coalesce((SELECT bool_and(has_table_privilege(c.oid, 'INSERT')
+                                 AND has_table_privilege(c.oid, 'UPDATE'))
+                   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                  WHERE n.nspname = 'sqlroute' AND has_schema_privilege(n.oid, 'USAGE')
+                    AND c.relname IN ('shard', 'journal', 'operation', 'operation_step')), false)
+           AS catalog
 """
 
 _SHARD = """
 SELECT name, epoch, node, timeline, state, operation, revision,
        extract(epoch FROM held_until - clock_timestamp())::float8 AS left
   FROM sqlroute.shard
+"""
+
+
+_DRAINING = """
+SELECT count(*) FILTER (WHERE datname = current_database() AND starts_with(application_name,
+           'sqlroute monitor') AND application_name NOT LIKE %s) AS routers,
+       count(*) FILTER (WHERE xact_start < %s::timestamptz AND state <> 'idle'
+           AND wait_event IS DISTINCT FROM 'SyncRep') AS transactions
+  FROM pg_stat_activity
+ WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()
 """
 
 
@@ -179,7 +202,7 @@ class Server:
         self.node = node
         self.patience = patience
         self._connection: psycopg.Connection[Any] | None = None
-        self._is_plain = False
+        self._has_passed = False
 
     def __repr__(self) -> str:
         state = "connected" if self._connection is not None else "not connected"
@@ -188,6 +211,10 @@ class Server:
     @property
     def name(self) -> str:
         return self.node.name
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None and not self._connection.closed
 
     def close(self) -> None:
         """Close the connection without a word: the server may hang."""
@@ -232,7 +259,10 @@ class Server:
 
     def facts(self) -> dict[str, Any]:
         """Return all that a preflight wants to know. Raises: as :meth:`rows`."""
-        return {**self.row(_FACTS, (list(SETTINGS),)), "rights": self.row(_RIGHTS)}
+        told = self.row(_FACTS, (list(SETTINGS),))
+        if self._has_passed:
+            told["settings"].update({name: self.setting_of_all(name) for name in _OF_FENCES})
+        return {**told, "rights": self.row(_RIGHTS)}
 
     def shard_row(self) -> ShardRow | None:
         """Return the shard's row, ``None`` without a catalog that has one."""
@@ -243,6 +273,14 @@ class Server:
             return None
         rows = self.rows(_SHARD)
         return ShardRow(**rows[0]) if rows else None
+
+    def journal_epoch(self) -> int:
+        """Return the epoch of the newest row of the journal here; 0 without any."""
+        return int(self.value("SELECT coalesce(max(epoch), 0) FROM sqlroute.journal"))
+
+    def next_transaction(self) -> int:
+        """Return the id that the next writing transaction will get; reads take none."""
+        return int(self.value("SELECT pg_snapshot_xmax(pg_current_snapshot())::text"))
 
     def position(self) -> int:
         """Return what a primary has flushed, or a standby has replayed, in bytes."""
@@ -273,6 +311,19 @@ class Server:
 
     def setting(self, name: str) -> str:
         return str(self.value("SELECT current_setting(%s)", (name,)))
+
+    def setting_of_all(self, name: str) -> str:
+        """Return a server-wide setting, where this session's own may be another: by the files."""
+        if not self._has_passed:
+            return self.setting(name)
+        rows = self.rows(
+            "SELECT setting FROM pg_file_settings WHERE name = %s ORDER BY seqno DESC LIMIT 1",
+            (name,),
+        )
+        return str(rows[0]["setting"]) if rows else ""
+
+    def may_alter(self, name: str) -> bool:
+        return bool(self.value("SELECT has_parameter_privilege(%s, 'ALTER SYSTEM')", (name,)))
 
     def follows(self) -> dict[str, Any]:
         """Return where a standby is told to receive from, as libpq parameters."""
@@ -357,16 +408,25 @@ class Server:
             (names,),
         )
 
-    def hold(self, operation: str, seconds: float) -> None:
-        """Ask the routers to start no more write transactions on the shard."""
-        self.transaction(
+    def hold(self, operation: str, seconds: float) -> str:
+        """Ask the routers to start no more write transactions on the shard.
+
+        Returns:
+            The server's time of that.
+        """
+        found = self.transaction(
             (
                 "UPDATE sqlroute.shard SET state = 'switching', operation = %s,"
                 " held_until = clock_timestamp() + make_interval(secs => %s)",
                 (operation, seconds),
             ),
-            ("SELECT pg_notify('sqlroute', (SELECT name FROM sqlroute.shard))", ()),
+            (
+                "SELECT clock_timestamp()::text AS now,"
+                " pg_notify('sqlroute', (SELECT name FROM sqlroute.shard))",
+                (),
+            ),
         )
+        return str(found[0]["now"])
 
     def release(self) -> None:
         """Let the routers write again."""
@@ -392,29 +452,29 @@ class Server:
             raise
         return found
 
-    def others(self, since: str | None = None) -> int:
-        """Count the client sessions beside the operator's, or those in a transaction begun before.
+    def others(self) -> int:
+        """Count the client sessions beside the operator's."""
+        return int(
+            self.value(
+                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+                " AND pid <> pg_backend_pid()"
+            )
+        )
+
+    def draining(self, operation: str, since: str) -> tuple[int, int]:
+        """Count what must end before writes are drained.
 
         A session that waits for a synchronous standby has committed already and does not count.
 
         Args:
-            since: a time of the server's; counts transactions that began before that.
+            since: a time of the server's: of the hold.
+
+        Returns:
+            Routers that have write transactions under way, or have not seen the hold yet; client
+            sessions in a transaction that began before that, of routers and of others.
         """
-        if since is None:
-            return int(
-                self.value(
-                    "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-                    " AND pid <> pg_backend_pid()"
-                )
-            )
-        return int(
-            self.value(
-                "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-                " AND pid <> pg_backend_pid() AND xact_start < %s::timestamptz"
-                " AND state <> 'idle' AND wait_event IS DISTINCT FROM 'SyncRep'",
-                (since,),
-            )
-        )
+        row = self.row(_DRAINING, (f"% held={operation}", since))
+        return int(row["routers"]), int(row["transactions"])
 
     def terminate_others(self) -> int:
         """End all client sessions beside this one; return how many were there."""
@@ -435,6 +495,25 @@ class Server:
     def promote(self) -> None:
         """Ask a standby to become the primary; returns at once."""
         self.rows("SELECT pg_promote(false)")
+
+    def is_promoting(self) -> bool:
+        """Say if somebody has asked a standby to become the primary: it will, whatever follows.
+
+        The request is a file until the postmaster has seen it, and then known to the recovery
+        process, without which no pause of it can be ended.
+        """
+        try:
+            asked = self.value(
+                "SELECT (pg_stat_file('promote', true)).size IS NOT NULL"
+                " OR NOT pg_is_in_recovery() OR pg_wal_replay_resume() IS NULL"
+            )
+        except Unreachable:
+            raise
+        except OperationFailed as error:
+            if "promotion is ongoing" in str(error) or "not in progress" in str(error):
+                return True
+            raise
+        return bool(asked)
 
     def is_refused(self) -> bool:
         """Try an ordinary session; say if a fence refuses it.
@@ -460,28 +539,25 @@ class Server:
         if self._connection is not None and not self._connection.closed:
             return self._connection
         self.close()
-        values: dict[str, Any] = dict(self.node.conninfo())
-        values["options"] = " ".join(
-            part
-            for part in (
-                str(values.get("options", "")),
-                "" if self._is_plain else fences.NO_FENCE["options"],
-                "-c synchronous_commit=local -c lock_timeout=3s -c search_path=pg_catalog",
-                "-c statement_timeout=0 -c idle_in_transaction_session_timeout=0",
-            )
-            if part
-        )
         try:
-            connection = connect(values, self.patience)
+            try:
+                self._connection, self._has_passed = self._opened(), False
+            except psycopg.OperationalError as error:
+                if not fences.is_fence_error(str(error)):
+                    raise
+                # only now: with these options a session does not see its server's own settings
+                self._connection, self._has_passed = self._opened(fences.NO_FENCE), True
         except DeadlineExceeded as error:
             raise self._silent() from error
         except psycopg.OperationalError as error:
-            if not self._is_plain and "permission denied to set parameter" in str(error):
-                self._is_plain = True  # no superuser: it cannot pass a fence, but can do the rest
-                return self._connected()
             raise Unreachable(self._said(error), refused=_is_refused(error)) from error
-        self._connection = connection
-        return connection
+        return self._connection
+
+    def _opened(self, *more: str) -> psycopg.Connection[Any]:
+        values: dict[str, Any] = dict(self.node.conninfo())
+        words = (str(values.get("options", "")), _OPTIONS, *more)
+        values["options"] = " ".join(word for word in words if word)
+        return connect(values, self.patience)
 
     @contextmanager
     def _patient(self, patience: float) -> Iterator[None]:

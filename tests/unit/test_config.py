@@ -730,12 +730,11 @@ def test_drivers_and_the_operator_are_read() -> None:
         },
         user="postgres",
         password="${PW}",
-        database="postgres",
     )
 
     found = load(source, environ={"PW": PASSWORD}).operations
 
-    assert found.operator == Operator("postgres", Secret(PASSWORD), "", "postgres")
+    assert found.operator == Operator("postgres", Secret(PASSWORD), "")
     own, like = found.drivers
     assert own == DriverSpec("s0-a", "local", data="/data", options="-p 5433", advertise="a:1")
     assert (like.pattern, like.unit, like.port, like.hook_timeout) == ("*", "pg@{port}", 2222, 60.0)
@@ -839,6 +838,6 @@ def test_describe_gives_json() -> None:
                 ],
             }
         ],
-        "operator": {"user": "", "password": None, "passfile": "", "database": ""},
+        "operator": {"user": "", "password": None, "passfile": ""},
         "drivers": [],
     }

@@ -269,7 +269,7 @@ def test_the_operator_connects_as_himself() -> None:
         "nothing": operator_node(NODE, Operations()),
         "user": operator_node(NODE, Operations(Operator("postgres"))),
         "all": operator_node(
-            NODE, Operations(Operator("postgres", Secret(PASSWORD), database="postgres"))
+            NODE, Operations(Operator("postgres", Secret(PASSWORD)))
         ),
         "file": operator_node(NODE, Operations(Operator("postgres", passfile="/etc/pass"))),
     }
@@ -279,7 +279,6 @@ def test_the_operator_connects_as_himself() -> None:
         "host": "db-a", "port": 6000, "dbname": "shop", "user": "postgres",
     }  # fmt: skip
     assert nodes["all"].conninfo()["password"] == PASSWORD
-    assert nodes["all"].database == "postgres"
     assert nodes["file"].conninfo()["passfile"] == "/etc/pass"
     assert nodes["file"].password is None
 

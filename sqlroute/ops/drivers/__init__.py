@@ -63,6 +63,5 @@ def operator_node(node: Node, operations: Operations) -> Node:
         node,
         user=operator.user or node.user,
         password=password,
-        database=operator.database or node.database,
         options=tuple(options.items()),
     )

@@ -9,7 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from sqlroute.ops.fences import PREFIX, SYNCHRONOUS, unfenced
+from sqlroute.ops.fences import (
+    PREFIX,
+    is_synchronous_fence,
+    synchronous_unfenced,
+    unfenced,
+)
 
 _LINE = re.compile(
     r"^[ \t]*([A-Za-z_][\w.$]*)[ \t]*(?:=[ \t]*|[ \t])('(?:[^'\\]|''|\\.)*'|[^\s#']+)"
@@ -40,8 +45,9 @@ def without_fence(text: str) -> tuple[str, tuple[str, ...]]:
     libraries = found.get("session_preload_libraries", "")
     if PREFIX in libraries:
         removed["session_preload_libraries"] = unfenced(libraries) or None
-    if SYNCHRONOUS in found.get("synchronous_standby_names", ""):
-        removed["synchronous_standby_names"] = None
+    names = found.get("synchronous_standby_names", "")
+    if is_synchronous_fence(names):
+        removed["synchronous_standby_names"] = synchronous_unfenced(names) or None
     if found.get("default_transaction_read_only", "").lower() in ("on", "true", "yes", "1"):
         removed["default_transaction_read_only"] = None
     return (changed(text, removed), tuple(removed)) if removed else (text, ())

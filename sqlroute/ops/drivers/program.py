@@ -98,7 +98,7 @@ class ProgramDriver(Hooked):
         import psycopg
 
         conninfo = self.server.conninfo()
-        options = " ".join(filter(None, (conninfo.get("options"), NO_FENCE["options"])))
+        options = " ".join(filter(None, (conninfo.get("options"), NO_FENCE)))
         try:
             return self._opened({**conninfo, "options": options}, timeout)
         except psycopg.OperationalError as exc:
