@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sqlroute.cli import draw
-from sqlroute.cli.output import FAILED, OK, UNHEALTHY, Output, Refused
+from sqlroute.cli import draw, operating
+from sqlroute.cli.asking import Config, Json, Yes, confirm, read_settings
+from sqlroute.cli.output import FAILED, OK, UNHEALTHY, Output
 
 if TYPE_CHECKING:
     from sqlroute.router import Router
@@ -34,11 +35,7 @@ for group, name in (
     (two_phase, "2pc"),
 ):
     app.add_typer(group, name=name, no_args_is_help=True)
-
-
-def _want_json(context: typer.Context, value: bool) -> bool:
-    context.obj.json = value
-    return value
+operating.register(app)
 
 
 def _show_version(value: bool) -> None:
@@ -49,14 +46,6 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="Default: $SQLROUTE_CONFIG, else ./sqlroute.toml."),
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", callback=_want_json, is_eager=True, help="One document on stdout."),
-]
 Directory = Annotated[Path, typer.Option("--dir", help="Where the servers live.")]
 Shards = Annotated[int | None, typer.Option("--shards", help="How many shards.  [default: 2]")]
 Replicas = Annotated[
@@ -64,7 +53,6 @@ Replicas = Annotated[
 ]
 Port = Annotated[int | None, typer.Option("--port", help="Of the first server; the others follow.")]
 PgBin = Annotated[Path | None, typer.Option("--pg-bin", help="PostgreSQL's bin directory.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="May be repeated.")
 ]
@@ -114,7 +102,7 @@ def local_down(
     from sqlroute.cli.servers import stop
 
     if delete:
-        _confirm(f"delete the servers in {directory} and all their data", yes, context.obj)
+        confirm(f"delete the servers in {directory} and all their data", yes, context.obj)
     context.obj.show(stop(directory, delete=delete), draw.stopped)
 
 
@@ -146,7 +134,7 @@ def local_reset(
     wanted = spec(
         directory, shards=shards, replicas=replicas, port=port, pg_bin=pg_bin, is_new=True
     )
-    _confirm(f"delete the servers in {directory} and all their data", yes, context.obj)
+    confirm(f"delete the servers in {directory} and all their data", yes, context.obj)
     context.obj.show(described(reset(wanted, context.obj.say)), draw.local)
 
 
@@ -286,12 +274,9 @@ def demo(
 
 def _router(path: Path | None, output: Output) -> Router:
     """Make a router from the configuration; its passwords are shown nowhere."""
-    from sqlroute.config import load
     from sqlroute.router import Router
 
-    settings = load(path)
-    nodes = list(settings.topology.nodes())
-    output.hide(node.password.reveal() for node in nodes if node.password is not None)
+    settings = read_settings(path, output)
     return Router(settings.topology, settings.policy)
 
 
@@ -303,19 +288,3 @@ def _values(given: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{item!r} is not NAME=VALUE", param_hint="--param")
         values[name.strip()] = value
     return values
-
-
-def _confirm(what: str, yes: bool, output: Output) -> None:
-    """Ask before something is destroyed.
-
-    Raises:
-        Refused: nobody said yes.
-    """
-    if yes:
-        return
-    import sys
-
-    if output.json or not sys.stdin.isatty():
-        raise Refused(f"this would {what}; say --yes if that is meant")
-    if not typer.confirm(f"This will {what}. Go on?", err=True):
-        raise Refused("nothing was done")

@@ -16,24 +16,24 @@ _COLOURS = {"up": "green", "down": "red", "suspect": "yellow", "recovering": "ye
 
 
 def local(document: Document) -> RenderableType:
-    table = _table("node", "shard", "port", "role", "pid", "state")
+    table = new_table("node", "shard", "port", "role", "pid", "state")
     for node in document["nodes"]:
         state = "paused" if node["paused"] else "running" if node["running"] else "stopped"
         colour = "green" if state == "running" else "red"
         row = (node["name"], node["shard"], node["port"], node["role"], node["pid"])
         table.add_row(*map(_text, row), f"[{colour}]{state}[/]")
     hint = f"PostgreSQL {document['version']}; export SQLROUTE_CONFIG={document['config']}"
-    return _lines(table, _escaped(hint))
+    return stacked(table, escaped(hint))
 
 
 def stopped(document: Document) -> RenderableType:
     names = ", ".join(document["stopped"]) or "nothing was running"
     what = "stopped and deleted" if document["deleted"] else "stopped"
-    return _lines(_escaped(f"{what} in {document['directory']}: {names}"))
+    return stacked(escaped(f"{what} in {document['directory']}: {names}"))
 
 
 def status(document: Document) -> RenderableType:
-    table = _table("node", "shard", "role", "state", "tl", "LSN", "lag bytes", "lag s", "rtt ms")
+    table = new_table("node", "shard", "role", "state", "tl", "LSN", "lag bytes", "lag s", "rtt ms")
     for node in document["nodes"]:
         refused = bool(node["refused"])
         colour = "red" if refused else _COLOURS.get(node["state"], "yellow")
@@ -43,8 +43,8 @@ def status(document: Document) -> RenderableType:
             *map(_text, (node["timeline"] or None, node["lsn"], node["lag_bytes"])),
             *map(_text, (node["lag_seconds"], node["rtt_ms"])),
         )
-    faults = [f"[red]{_escaped(fault)}[/]" for fault in document["faults"]]
-    return _lines(table, *faults, *([] if faults else ["[green]healthy[/]"]))
+    faults = [f"[red]{escaped(fault)}[/]" for fault in document["faults"]]
+    return stacked(table, *faults, *([] if faults else ["[green]healthy[/]"]))
 
 
 def plan(document: Document) -> RenderableType:
@@ -54,12 +54,12 @@ def plan(document: Document) -> RenderableType:
     for target in document["targets"]:
         mode = "in the transaction" if target["in_transaction"] else "autocommit"
         where = f"{target['shard']}: {target['role']} {target['node']}, {mode}"
-        lines.append(f"  -> [cyan]{_escaped(where)}[/] [dim]({_escaped(target['reason'])})[/]")
-    lines += [f"  merge: {_escaped(step)}" for step in document["merge"]]
-    lines += [f"  because {_escaped(reason)}" for reason in document["reasons"]]
+        lines.append(f"  -> [cyan]{escaped(where)}[/] [dim]({escaped(target['reason'])})[/]")
+    lines += [f"  merge: {escaped(step)}" for step in document["merge"]]
+    lines += [f"  because {escaped(reason)}" for reason in document["reasons"]]
     if document.get("note"):
-        lines.append(f"[dim]{_escaped(document['note'])}[/]")
-    return _lines(*lines)
+        lines.append(f"[dim]{escaped(document['note'])}[/]")
+    return stacked(*lines)
 
 
 def located(document: Document) -> RenderableType:
@@ -68,12 +68,12 @@ def located(document: Document) -> RenderableType:
     rows += [(name, _text(document[name])) for name in ("shard", "leaf", "primary", "epoch")]
     table = _plain_table()
     for name, value in rows:
-        table.add_row(_escaped(name), _escaped(value))
+        table.add_row(escaped(name), escaped(value))
     return table
 
 
 def maps(document: Document) -> RenderableType:
-    table = _table("keyspace", "epoch", "shard", "buckets", "which")
+    table = new_table("keyspace", "epoch", "shard", "buckets", "which")
     for keyspace in document["keyspaces"]:
         for owner in keyspace["shards"]:
             count = f"{len(owner['buckets'])} of {keyspace['buckets']}"
@@ -84,28 +84,28 @@ def maps(document: Document) -> RenderableType:
                 keyspace["keyspace"], "", "[red]nobody[/]", "", _ranges(keyspace["unowned"])
             )
     if not document["keyspaces"]:
-        return _lines("no keyspace has several shards, so there is no shard map")
+        return stacked("no keyspace has several shards, so there is no shard map")
     return table
 
 
 def config(document: Document) -> RenderableType:
-    lines = [f"[green]ok[/] {_escaped(_text(document['path']))}"]
+    lines = [f"[green]ok[/] {escaped(_text(document['path']))}"]
     for keyspace in document["keyspaces"]:
         shards = keyspace["shards"]
         nodes = sum(len(found["nodes"]) for found in shards)
         lines.append(
-            f"  keyspace {_escaped(keyspace['name'])}: {len(shards)} shard(s), {nodes} node(s), "
+            f"  keyspace {escaped(keyspace['name'])}: {len(shards)} shard(s), {nodes} node(s), "
             f"{keyspace['buckets']} buckets"
         )
     lines.append(f"  consistency {document['policy']['consistency']}, "
                  f"max_lag {document['policy']['max_lag']:g} s")  # fmt: skip
-    return _lines(*lines)
+    return stacked(*lines)
 
 
 def recovered(document: Document) -> RenderableType:
     if not document["recovered"]:
-        return _lines("nothing to recover")
-    table = _table("shard", "prepared transaction", "outcome")
+        return stacked("nothing to recover")
+    table = new_table("shard", "prepared transaction", "outcome")
     for done in document["recovered"]:
         table.add_row(
             done["shard"], done["gid"], "committed" if done["committed"] else "rolled back"
@@ -116,16 +116,16 @@ def recovered(document: Document) -> RenderableType:
 def step(document: Document) -> RenderableType:
     """Draw one step of the demo: its claim, its plan, what was seen."""
     mark = "[green]✓[/]" if document["ok"] else "[red]✗[/]"
-    title = f"{mark} [bold]{_escaped(document['title'])}[/]  {document['ms']:.1f} ms"
+    title = f"{mark} [bold]{escaped(document['title'])}[/]  {document['ms']:.1f} ms"
     lines: list[Any] = ["", title]
-    lines += [_indented(f"[dim]{_escaped(line.lstrip())}[/]", line) for line in document["plan"]]
-    lines += [_indented(_escaped(line)) for line in document["seen"]]
+    lines += [_indented(f"[dim]{escaped(line.lstrip())}[/]", line) for line in document["plan"]]
+    lines += [_indented(escaped(line)) for line in document["seen"]]
     if document["rows"]:
-        table = _table(*document["columns"])
+        table = new_table(*document["columns"])
         for row in document["rows"]:
             table.add_row(*map(_text, row))
         lines.append(table)
-    return _lines(*lines)
+    return stacked(*lines)
 
 
 def demo(document: Document) -> RenderableType:
@@ -139,17 +139,23 @@ def demo(document: Document) -> RenderableType:
     ]
     if document["kept"]:
         lines.append("The servers are left running:")
-        lines += [f"  {_escaped(line)}" for line in document["kept"]]
-    return _lines(*lines)
+        lines += [f"  {escaped(line)}" for line in document["kept"]]
+    return stacked(*lines)
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str, folding: str = "") -> Table:
+    """Return a table with these columns.
+
+    Args:
+        folding: the column that folds where there is not enough room; by default the first, which
+            is a name: it folds before the others lose a digit.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:  # the first is a name: it folds before the others lose a digit
-        table.add_column(column, no_wrap=column != columns[0], overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=column != (folding or columns[0]), overflow="fold")
     return table
 
 
@@ -159,7 +165,7 @@ def _plain_table() -> Table:
     return Table(box=None, show_header=False, pad_edge=False)
 
 
-def _lines(*parts: Any) -> RenderableType:
+def stacked(*parts: Any) -> RenderableType:
     from rich.console import Group
 
     return Group(*parts)
@@ -174,10 +180,10 @@ def _indented(markup: str, like: str = "") -> RenderableType:
 
 
 def _text(value: object) -> str:
-    return "-" if value is None or value == "" else _escaped(str(value))
+    return "-" if value is None or value == "" else escaped(str(value))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)

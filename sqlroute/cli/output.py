@@ -20,6 +20,7 @@ OK = 0
 FAILED = 1
 USAGE = 2
 UNHEALTHY = 3
+RESUMABLE = 4
 REFUSED = 5
 INTERRUPTED = 130
 
@@ -75,8 +76,10 @@ class Output:
             sys.stdout.write(json.dumps({"error": _document(error, lines)}, indent=2) + "\n")
         for line in lines:
             sys.stderr.write(f"error: {line}\n")
-        if isinstance(error, Refused):
+        if isinstance(error, Refused) or _is_a(error, "OperationRefused"):
             return REFUSED
+        if getattr(error, "operation", ""):
+            return RESUMABLE
         return USAGE if _is_usage(error) else FAILED
 
     def _masked(self, text: str) -> str:
@@ -95,7 +98,12 @@ def is_expected(error: BaseException) -> bool:
 
 
 def _is_usage(error: BaseException) -> bool:
-    return any(kind.__name__ in _USAGE_ERRORS for kind in type(error).__mro__)
+    return any(_is_a(error, name) for name in _USAGE_ERRORS)
+
+
+def _is_a(error: BaseException, name: str) -> bool:
+    """Say if an error is of a kind of ours, without importing that."""
+    return any(kind.__name__ == name for kind in type(error).__mro__)
 
 
 def _document(error: BaseException, lines: tuple[str, ...]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sqlroute.errors import OperationRefused
 from sqlroute.ops import preflight, synchronous
 from sqlroute.ops.fences import Level
 from sqlroute.ops.preflight import Check, NodeFacts, Outcome
-from sqlroute.ops.records import new_id
+from sqlroute.ops.records import new_id, operations
 from sqlroute.ops.shard import Look, ShardServers
 from sqlroute.ops.steps import Change, Member, Role, Standing, Step, switchover
 from sqlroute.routing.token import format_lsn, parse_lsn
@@ -232,6 +232,7 @@ def _switchover_to(
         rejoins=wishes.rejoins,
     )
     checks += _of_catalog(look, former)
+    checks += _of_operations(shard, former, look)
     checks += _of_siblings(look, others, siblings)
     return Plan(change, level, wishes, tuple(checks), ())
 
@@ -278,6 +279,21 @@ def _of_catalog(look: Look, former: str) -> list[Check]:
         )
         return [Check("catalog", Outcome.REFUSED, text)]
     return [Check("catalog", Outcome.OK, f"epoch {row.epoch} of shard {row.name}")]
+
+
+def _of_operations(shard: ShardServers, former: str, look: Look) -> list[Check]:
+    if former not in look.rows:
+        return []
+    running = [found for found in operations(shard.servers[former]) if found.is_running]
+    return [
+        Check(
+            "operations",
+            Outcome.REFUSED,
+            f"operation {found.id} ({found.kind}) has not ended; look at it with `sqlroute op show "
+            f"{found.id}`, then `sqlroute op resume {found.id}` or `sqlroute op abort {found.id}`",
+        )
+        for found in running
+    ] or [Check("operations", Outcome.OK, "none is under way")]
 
 
 def _lag(look: Look, former: str, candidate: str) -> int:

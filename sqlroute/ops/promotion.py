@@ -25,7 +25,7 @@ from sqlroute.ops.shard import ShardServers
 from sqlroute.ops.steps import Change, Step, StepName
 from sqlroute.routing.token import format_lsn
 
-FIRST_WRITE = 1.0
+FIRST_WRITE = 0.5
 """Seconds for which the new primary is watched for the first write of a client."""
 
 _HISTORIES = (
@@ -79,7 +79,7 @@ class Report:
         steps: name, milliseconds and detail of each, in order.
         fence: the level that held on the former primary.
         write_pause_ms: from the moment when writes were held (of a failover: when it began) to the
-            first write of a client on the new primary; ``None`` if no client wrote within a second.
+            first write of a client on the new primary; ``None`` if none wrote within half a second.
         acknowledged: the newest position that connected routers have acknowledged, and whether the
             new primary has it.
         waiting: nodes that have not replayed the journal's row yet, with what to do.
@@ -126,7 +126,8 @@ class Promotion:
     """
 
     unwritten: frozenset[StepName] = frozenset()
-    """Steps that are not written down before they begin: no node may write then."""
+    """Steps that are not written down before they begin: no node may write then, or the first write
+    of a client is waited for."""
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class Promotion:
             pause = round((self._first_write_at - self._paused_at) * 1000, 1)
         return Report(
             change=self.change,
-            outcome=outcome or ("incomplete" if self.waiting else "done"),
+            outcome=outcome or ("incomplete" if self._is_incomplete else "done"),
             fence=self.fence_held,
             steps=tuple(self._done),
             write_pause_ms=pause,
@@ -180,6 +181,11 @@ class Promotion:
             loss=self.loss,
             waiting=dict(self.waiting),
         )
+
+    @property
+    def _is_incomplete(self) -> bool:
+        """A node is not there that should be; a former primary that was not to come back may be."""
+        return any(name != self.change.former or self.change.rejoins for name in self.waiting)
 
     def written_plan(self) -> dict[str, Any]:
         """Return what whoever resumes the operation needs to know."""
@@ -350,7 +356,7 @@ class Promotion:
     def _await_first_write(self) -> None:
         if self._announced_id is None:
             return
-        own = self._announced_id + 1
+        own, self._announced_id = self._announced_id + 1, None
 
         def somebody_wrote() -> bool:
             return self._candidate.next_transaction() > own

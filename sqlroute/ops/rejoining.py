@@ -66,7 +66,7 @@ def rejoin(
         )
     server.close()
     _bring_down(driver, timeout)
-    slot = slot_of(node) if _uses_slots(shard, primary) else None
+    slot = slot_of(node) if uses_slots(shard, primary) else None
     if slot is not None:
         shard.servers[primary].create_slot(slot)
     source = conninfo(shard, node, primary)
@@ -215,7 +215,7 @@ def _fork_after(primary: Server, timeline: int) -> int | None:
     return parse_lsn(rows[0]["fork"]) if rows else None
 
 
-def _uses_slots(shard: ShardServers, primary: str) -> bool:
+def uses_slots(shard: ShardServers, primary: str) -> bool:
     """Say if replicas of the shard have slots on the primary."""
     return bool(
         shard.servers[primary].rows(

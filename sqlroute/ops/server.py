@@ -27,6 +27,9 @@ from sqlroute.runtime.limits import Connecting, Limit, limited
 from sqlroute.topology import Node
 
 APPLICATION_NAME = "sqlroute operator"
+SHORTEST_HOLD = 5.0
+"""Seconds that must be left of a hold, else it is renewed."""
+
 STOPPED = "sqlroute stopped"
 """Begins the ``fallback_application_name`` of a receiver that a failover has stopped: what follows
 is where it had received from."""
@@ -139,7 +142,9 @@ SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser
 
 _SHARD = """
 SELECT name, epoch, node, timeline, state, operation, revision,
-       extract(epoch FROM held_until - clock_timestamp())::float8 AS left
+       extract(epoch FROM held_until - clock_timestamp())::float8 AS left,
+       (SELECT coalesce(jsonb_agg(jsonb_build_array(n.name, n.url, n.removed_at IS NOT NULL)
+               ORDER BY n.added_at), '[]') FROM sqlroute.node n) AS announced
   FROM sqlroute.shard
 """
 
@@ -160,6 +165,8 @@ class ShardRow:
 
     Attributes:
         left: seconds that the hold may still last; ``None`` without one.
+        announced: name, URL, and whether it was removed again, of each node that the catalog adds
+            to the configuration.
     """
 
     name: str
@@ -170,10 +177,12 @@ class ShardRow:
     operation: str | None
     revision: int
     left: float | None
+    announced: list[tuple[str, str, bool]]
 
     @property
     def is_held(self) -> bool:
-        return self.state == "switching"
+        """Routers hold write transactions, and will for long enough to go on under that."""
+        return self.state == "switching" and (self.left or 0) > SHORTEST_HOLD
 
 
 class Unreachable(OperationFailed):

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from psycopg.conninfo import conninfo_to_dict
 
+from sqlroute.catalog.nodes import place_of
 from sqlroute.config import Settings
 from sqlroute.errors import DriverError, OperationFailed, OperationRefused
 from sqlroute.operations import Operations
@@ -57,32 +58,20 @@ class Look:
 class ShardServers:
     """The servers of a shard. Use as a context manager: it closes the connections.
 
-    Args:
-        settings: as configured; ``extra`` nodes are those that were added since.
+    Those that ``sqlroute replica add`` has announced belong to it from the first look on.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        shard: str,
-        *,
-        patience: float = PATIENCE,
-        extra: Iterable[Node] = (),
-    ) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, shard: str, *, patience: float = PATIENCE) -> None:
         self.operations: Operations = settings.operations
         self.name = shard
-        known = settings.topology.shard(shard).nodes
-        added = [node for node in extra if node.name not in {n.name for n in known}]
-        self.nodes: Mapping[str, Node] = {node.name: node for node in (*known, *added)}
-        self.servers = {
-            name: Server(operator_node(node, self.operations), patience=patience)
-            for name, node in self.nodes.items()
-        }
-        self.drivers: dict[str, Driver | None] = {
-            name: driver_of(node, shard, self.operations) for name, node in self.nodes.items()
-        }
-        self._pool = ThreadPoolExecutor(max(len(self.nodes), 1), f"sqlroute-{shard}")
+        self.nodes: dict[str, Node] = {}
+        self.servers: dict[str, Server] = {}
+        self.drivers: dict[str, Driver | None] = {}
+        self._patience = patience
+        self._configured = settings.topology.shard(shard).nodes
+        for node in self._configured:
+            self.add(node)
+        self._pool = ThreadPoolExecutor(16, f"sqlroute-{shard}")
 
     def __repr__(self) -> str:
         return f"<ShardServers {self.name}: {', '.join(self.nodes)}>"
@@ -97,6 +86,19 @@ class ShardServers:
         for server in self.servers.values():
             server.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def add(self, node: Node) -> None:
+        """Let a node belong to the shard, for this command."""
+        self.nodes[node.name] = node
+        self.servers[node.name] = Server(
+            operator_node(node, self.operations), patience=self._patience
+        )
+        self.drivers[node.name] = driver_of(node, self.name, self.operations)
+
+    def drop(self, node: str) -> None:
+        """Let a node belong to the shard no more."""
+        del self.nodes[node], self.drivers[node]
+        self.servers.pop(node).close()
 
     def server(self, node: str) -> Server:
         """Return a server by the name of its node.
@@ -143,6 +145,10 @@ class ShardServers:
     def look(self) -> Look:
         """Ask every node for what a promotion wants to know; one that is silent has an error."""
         seen = self.each(self._seen, self.nodes)
+        new = self._adopt([row for _, row, _ in seen.values() if row is not None])
+        if new:
+            seen.update(self.each(self._seen, new))
+        seen = {name: found for name, found in seen.items() if name in self.nodes}
         follows = {
             name: self._followed(facts) for name, (facts, _, _) in seen.items() if facts.is_replica
         }
@@ -194,6 +200,9 @@ class ShardServers:
             told = server.facts()
             row = server.shard_row()
             epoch = server.journal_epoch() if row is not None else 0
+            if told["standby"] and row is not None:
+                # without a receiver the control file tells, late; what was replayed is not late
+                told["timeline"] = max(told["timeline"] or 0, row.timeline or 0)
         except Unreachable as error:
             silent = NodeFacts(
                 name,
@@ -210,6 +219,21 @@ class ShardServers:
             row,
             epoch,
         )
+
+    def _adopt(self, rows: Iterable[ShardRow]) -> list[str]:
+        """Add the nodes that the catalog announces, drop those that it has removed."""
+        newest = max(rows, key=lambda row: row.revision, default=None)
+        if newest is None or not newest.announced:
+            return []
+        new = []
+        for name, url, is_removed in newest.announced:
+            if is_removed:
+                if name in self.nodes and len(self.nodes) > 1:
+                    self.drop(name)
+            elif name not in self.nodes:
+                self.add(self._configured[0].placed(place_of(name, url)))
+                new.append(name)
+        return new
 
     def _followed(self, facts: NodeFacts) -> str:
         told = conninfo_to_dict(facts.setting("primary_conninfo"))

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from sqlroute.errors import OperationFailed
 from sqlroute.ops.fences import Level
@@ -106,8 +107,9 @@ class Standing:
     def member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)
 
-    def with_member(self, changed: Member) -> Standing:
-        members = tuple(changed if m.name == changed.name else m for m in self.members)
+    def changed(self, name: str, **to: Any) -> Standing:
+        """Return the standing with another member of that name; the same if it has none."""
+        members = tuple(replace(m, **to) if m.name == name else m for m in self.members)
         return replace(self, members=members)
 
 
@@ -225,7 +227,6 @@ def check_invariants(change: Change, standing: Standing) -> None:
 
 def effect(change: Change, step: Step, standing: Standing) -> Standing:  # noqa: PLR0912 - a table
     """Return how the shard stands after a step."""
-    former = standing.member(change.former)
     match step.name:
         case StepName.RECORD:
             return replace(standing, is_recorded=True)
@@ -234,41 +235,48 @@ def effect(change: Change, step: Step, standing: Standing) -> Standing:  # noqa:
         case StepName.REPOINT | StepName.POINT_BACK:
             to = change.candidate if step.name is StepName.REPOINT else change.former
             for name in change.siblings:
-                standing = standing.with_member(replace(standing.member(name), follows=to))
+                standing = standing.changed(name, follows=to)
             return standing
         case StepName.HOLD:
             return replace(standing, held=change.operation)
         case StepName.FENCE:
-            return standing.with_member(replace(former, fence=Level.L1))
+            return standing.changed(change.former, fence=Level.L1)
         case StepName.CATCH_UP:
             return replace(standing, caught_up=True)
         case StepName.PROMOTE:
-            candidate = standing.member(change.candidate)
-            return standing.with_member(replace(candidate, role=Role.PRIMARY, follows=""))
+            return standing.changed(change.candidate, role=Role.PRIMARY, follows="")
         case StepName.ANNOUNCE:
-            return replace(standing, epoch=change.epoch, held="")
+            return replace(standing, epoch=change.epoch, held="", is_recorded=True)
         case StepName.VERIFY:
             return replace(standing, is_verified=True)
         case StepName.REJOIN:
-            back = Member(former.name, Role.REPLICA, Level.NONE, change.candidate)
-            return standing.with_member(back)
+            back = {"role": Role.REPLICA, "fence": Level.NONE, "follows": change.candidate}
+            return standing.changed(change.former, **back)
         case StepName.RESTORE:
-            return standing.with_member(replace(former, role=Role.PRIMARY, fence=Level.L3))
+            return standing.changed(change.former, role=Role.PRIMARY, fence=Level.L3)
         case StepName.UNFENCE:
-            return standing.with_member(replace(former, fence=Level.NONE))
+            return standing.changed(change.former, fence=Level.NONE)
         case StepName.RELEASE:
             return replace(standing, held="")
         case StepName.CLOSE:
             return replace(standing, is_recorded=False)
         case StepName.PROVE:
-            return replace(standing, is_gone=True).with_member(replace(former, role=Role.DOWN))
+            return replace(standing, is_gone=True).changed(change.former, role=Role.DOWN)
         case StepName.BLANK:
-            for member in standing.members:
-                if member.role is Role.REPLICA:
-                    standing = standing.with_member(replace(member, follows=""))
+            for name in receiving(standing):
+                standing = standing.changed(name, follows="")
             return standing
         case StepName.CHOOSE:
             return replace(standing, is_chosen=True)
+
+
+def receiving(standing: Standing) -> tuple[str, ...]:
+    """Return the replicas that receive from a node that is no replica itself.
+
+    One that cascades from another has never more than that has.
+    """
+    replicas = {member.name: member for member in standing.members if member.role is Role.REPLICA}
+    return tuple(m.name for m in replicas.values() if m.follows and m.follows not in replicas)
 
 
 def _walk(change: Change, standing: Standing, following: _Following) -> Iterator[Step]:
@@ -313,14 +321,14 @@ def _unplanned(change: Change, at: Standing) -> Step | None:
     if not promoted:
         if not at.is_gone:
             return Step(StepName.PROVE, f"{change.former or 'the primary'} is gone")
-        receiving = [m.name for m in at.members if m.role is Role.REPLICA and m.follows]
-        if receiving:
-            return Step(StepName.BLANK, f"{', '.join(receiving)} receive from nobody")
+        still = receiving(at)
+        if still:
+            return Step(StepName.BLANK, f"{', '.join(still)} receive from nobody")
         if not at.is_chosen:
             return Step(StepName.CHOOSE, "who has received most; what may be lost")
         if not change.candidate:
             return None
-        if at.member(change.former).fence is Level.NONE:
+        if change.former and at.member(change.former).fence is Level.NONE:
             return Step(StepName.FENCE, f"{change.former}, as far as it can be reached")
         if not at.caught_up:
             return Step(StepName.CATCH_UP, f"{change.candidate} replays all it has received")

@@ -35,7 +35,7 @@ class Switchover(Promotion):
 
     unwritten = frozenset({
         StepName.RECORD, StepName.CATCH_UP, StepName.PROMOTE, StepName.ANNOUNCE, StepName.RESTORE,
-        StepName.CLOSE,
+        StepName.VERIFY, StepName.CLOSE,
     })  # fmt: skip
 
     # before the pause
