@@ -41,7 +41,7 @@ from sqlroute.operations import (
     unknown_placeholders,
 )
 from sqlroute.routing.policy import Balancing, Consistency, Policy
-from sqlroute.topology import Keyspace, Node, Secret, Shard, Topology
+from sqlroute.topology import Keyspace, Node, RestApi, Secret, Shard, Topology
 
 DEFAULT_FILE = "sqlroute.toml"
 FILE_VARIABLE = "SQLROUTE_CONFIG"
@@ -90,6 +90,11 @@ _AUTHORITY = re.compile(
     r"(?:(?P<user>[^:]*)(?::(?P<password>.*))?@)?"
     r"(?:\[(?P<v6>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:\[\]@]*))(?::(?P<port>[^@]*))?"
 )
+
+_ENDPOINT = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:/?#@\[\]\s]+)(?::(?P<port>[0-9]{1,5}))?/?"
+)
+_PATRONI_PORT = 8008
 
 _NOTHING = Operations()
 
@@ -168,15 +173,35 @@ def describe(settings: Settings) -> dict[str, Any]:
             {
                 "name": keyspace.name,
                 "buckets": keyspace.buckets,
-                "shards": [
-                    {"name": shard.name, "nodes": [_described(node) for node in shard.nodes]}
-                    for shard in keyspace.shards
-                ],
+                "shards": [_described_shard(shard) for shard in keyspace.shards],
             }
             for keyspace in settings.topology.keyspaces
         ],
         "operator": _described_operator(settings.operations.operator),
         "drivers": [_described_driver(spec) for spec in settings.operations.drivers],
+    }
+
+
+def _described_shard(shard: Shard) -> dict[str, Any]:
+    api = shard.patroni
+    return {
+        "name": shard.name,
+        "nodes": [_described(node) for node in shard.nodes],
+        "patroni": None if api is None else _described_api(api, shard.login),
+    }
+
+
+def _described_api(api: RestApi, login: Node | None) -> dict[str, Any]:
+    return {
+        "endpoints": list(api.endpoints),
+        "user": api.user,
+        "password": None if api.password is None else str(api.password),
+        "ca_file": api.ca_file,
+        "cert_file": api.cert_file,
+        "key_file": api.key_file,
+        "interval": api.interval,
+        "timeout": api.timeout,
+        "login": None if login is None else _described(login),
     }
 
 
@@ -466,7 +491,19 @@ class _PolicyTable(_Table):
 
 class _ShardTable(_Table):
     name: str
-    nodes: list[str] = Field(min_length=1)
+    nodes: list[str] = []
+    patroni: list[str] = []
+    url: str = ""
+
+
+class _PatroniTable(_Table):
+    user: str = ""
+    password: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    interval: _SomeSeconds = 10.0
+    timeout: _SomeSeconds = 2.0
 
 
 class _KeyspaceTable(_Table):
@@ -524,6 +561,7 @@ _HOOKS = ("stop", "start", "kill", "fence")
 class _Document(_Table):
     policy: _PolicyTable = _PolicyTable()
     keyspaces: dict[str, _KeyspaceTable] = Field(min_length=1)
+    patroni: _PatroniTable = _PatroniTable()
     operator: _OperatorTable = _OperatorTable()
     drivers: dict[str, _DriverTable] = {}
 
@@ -550,14 +588,16 @@ def _check(
         filled["policy"] = {**filled.get("policy", {}), **overrides}
     document, form_faults = _check_form(filled, written, overrides)
     nodes, node_faults = _check_nodes(filled, unfilled)
+    logins, source_faults = _check_sources(filled, unfilled)
     faults += [fault for fault in form_faults if fault.path not in unfilled]
-    faults += node_faults
+    faults += node_faults + source_faults
     if document is not None and not node_faults:
+        faults += _patroni_faults(document)
         faults += _driver_faults(document.drivers, [node.name for node in nodes.values()])
     if document is None or faults:
         return faults
     keyspaces = tuple(
-        Keyspace(name, _shards(name, table.shards, nodes), table.buckets)
+        Keyspace(name, _shards(name, document, {**nodes, **logins}), table.buckets)
         for name, table in document.keyspaces.items()
     )
     policy = Policy(**{name: getattr(document.policy, name) for name in _PolicyTable.model_fields})
@@ -597,19 +637,30 @@ def _driver_faults(tables: Mapping[str, _DriverTable], nodes: Sequence[str]) -> 
             yield _Fault(path, f"has no command; add one of {', '.join(_HOOKS)}")
 
 
-def _shards(
-    keyspace: str, tables: Sequence[_ShardTable], nodes: Mapping[_Path, Node]
-) -> tuple[Shard, ...]:
-    return tuple(
-        Shard(
-            table.name,
-            tuple(
-                nodes["keyspaces", keyspace, "shards", i, "nodes", j]
-                for j in range(len(table.nodes))
-            ),
-        )
-        for i, table in enumerate(tables)
-    )
+def _shards(keyspace: str, document: _Document, nodes: Mapping[_Path, Node]) -> tuple[Shard, ...]:
+    shards = []
+    for i, table in enumerate(document.keyspaces[keyspace].shards):
+        path: _Path = ("keyspaces", keyspace, "shards", i)
+        own = tuple(nodes[(*path, "nodes", j)] for j in range(len(table.nodes)))
+        api = _rest_api(document.patroni, table.patroni) if table.patroni else None
+        shards.append(Shard(table.name, own, api, nodes.get((*path, "url"))))
+    return tuple(shards)
+
+
+def _rest_api(table: _PatroniTable, endpoints: Sequence[str]) -> RestApi:
+    values = {name: getattr(table, name) for name in _PatroniTable.model_fields}
+    values["password"] = Secret(table.password) if table.password else None
+    return RestApi(tuple(dict.fromkeys(filter(None, map(_endpoint, endpoints)))), **values)
+
+
+def _patroni_faults(document: _Document) -> Iterator[_Fault]:
+    table = document.patroni
+    shards = [shard for keyspace in document.keyspaces.values() for shard in keyspace.shards]
+    if table.model_fields_set and not any(shard.patroni for shard in shards):
+        yield _Fault(("patroni",), "no shard has patroni = [...], for which this would stand")
+    for name, needed in (("password", "user"), ("user", "password"), ("key_file", "cert_file")):
+        if getattr(table, name) and not getattr(table, needed):
+            yield _Fault(("patroni", needed), f"is missing: {name} is given")
 
 
 def _check_form(
@@ -673,6 +724,10 @@ def _example(place: _Path) -> str:
             return '; a shard is a table with name = "s0" and nodes = ["postgresql://..."]'
         case (*_, "nodes"):
             return '; a node is a text, "postgresql://user@host:5432/database"'
+        case (*_, "patroni"):
+            return '; the REST API of a member is a text, "http://host:8008"'
+        case (*_, "url"):
+            return '; write "postgresql://user@/database": as whom the members are connected'
         case _:
             return ""
 
@@ -685,6 +740,8 @@ def _known(place: _Path) -> Iterable[str]:
             return _KeyspaceTable.model_fields
         case ("keyspaces", _, "shards", _, _):
             return _ShardTable.model_fields
+        case ("patroni", _):
+            return _PatroniTable.model_fields
         case ("operator", _):
             return _OperatorTable.model_fields
         case ("drivers", _, _):
@@ -718,6 +775,8 @@ def _shown_value(written: Mapping[str, Any], place: _Path) -> str:
             return ""
     if not isinstance(value, str | int | float) or "nodes" in place or place[0] == "operator":
         return ""
+    if place[0] == "patroni" and place[-1] not in ("interval", "timeout"):
+        return ""
     if place[0] == "drivers" and place[-1] not in ("kind", "port", "hook_timeout"):
         return ""
     text = repr(value)
@@ -737,6 +796,64 @@ def _shown_path(path: _Path) -> str:
 
 
 # Nodes
+
+
+def _check_sources(
+    filled: Mapping[str, Any], unfilled: set[_Path]
+) -> tuple[dict[_Path, Node], list[_Fault]]:
+    """Look at what says which nodes each shard has; return the logins of Patroni's members."""
+    logins: dict[_Path, Node] = {}
+    faults: list[_Fault] = []
+    for path, shard in _shard_tables(filled):
+        if not isinstance(shard, Mapping):
+            continue
+        nodes, endpoints, url = shard.get("nodes"), shard.get("patroni"), shard.get("url")
+        if endpoints is None:
+            faults += _without_patroni(path, nodes, url)
+            continue
+        if endpoints == []:
+            faults.append(_Fault((*path, "patroni"), "is empty" + _example((*path, "patroni"))))
+        faults += _endpoint_faults((*path, "patroni"), _list(endpoints), unfilled)
+        if isinstance(url, str) and (*path, "url") not in unfilled:
+            login, texts = _login(url)
+            faults += [_Fault((*path, "url"), text) for text in texts]
+            if login is not None:
+                logins[(*path, "url")] = login
+        elif url is None and not nodes:
+            faults.append(_Fault((*path, "url"), "is missing" + _example((*path, "url"))))
+        for i, node in enumerate(_list(nodes)):
+            if isinstance(node, str) and "discover=" in node:
+                text = "discover stands beside patroni, which tells the servers; remove it"
+                faults.append(_Fault((*path, "nodes", i), text))
+    return logins, faults
+
+
+def _without_patroni(path: _Path, nodes: object, url: object) -> Iterator[_Fault]:
+    if nodes is None or nodes == []:
+        what = "is missing" if nodes is None else "is empty"
+        yield _Fault((*path, "nodes"), what + _example((*path, "nodes")))
+    if url is not None:
+        yield _Fault((*path, "url"), "is for the members of Patroni; name its APIs in patroni")
+
+
+def _endpoint_faults(
+    path: _Path, endpoints: Sequence[object], unfilled: set[_Path]
+) -> Iterator[_Fault]:
+    for i, endpoint in enumerate(endpoints):
+        if not isinstance(endpoint, str) or (*path, i) in unfilled:
+            continue
+        if "@" in endpoint:
+            yield _Fault((*path, i), "has a user or password; these stand in the table [patroni]")
+        elif _endpoint(endpoint) is None:
+            yield _Fault((*path, i), "is no REST API; write http://host:8008 or https://host:8008")
+
+
+def _endpoint(text: str) -> str | None:
+    """Return the URL of a REST API in full, ``None`` for what is none."""
+    found = _ENDPOINT.fullmatch(text)
+    if found is None or not 1 <= int(found["port"] or _PATRONI_PORT) <= 65_535:
+        return None
+    return f"{found['scheme']}://{found['host']}:{found['port'] or _PATRONI_PORT}"
 
 
 def _check_nodes(
@@ -773,16 +890,20 @@ def _shards_written(
     filled: Mapping[str, Any],
 ) -> Iterator[tuple[_Path, str | None, list[tuple[_Path, str]]]]:
     """Yield path, name and URLs of each shard, passing over what has the wrong form."""
+    for path, shard in _shard_tables(filled):
+        name = _get(shard, "name")
+        urls = [
+            ((*path, "nodes", j), url)
+            for j, url in enumerate(_list(_get(shard, "nodes")))
+            if isinstance(url, str)
+        ]
+        yield path, name if isinstance(name, str) else None, urls
+
+
+def _shard_tables(filled: Mapping[str, Any]) -> Iterator[tuple[_Path, object]]:
     for keyspace, table in _items(filled.get("keyspaces")):
         for i, shard in enumerate(_list(_get(table, "shards"))):
-            path: _Path = ("keyspaces", keyspace, "shards", i)
-            name = _get(shard, "name")
-            urls = [
-                ((*path, "nodes", j), url)
-                for j, url in enumerate(_list(_get(shard, "nodes")))
-                if isinstance(url, str)
-            ]
-            yield path, name if isinstance(name, str) else None, urls
+            yield ("keyspaces", keyspace, "shards", i), shard
 
 
 def _items(value: object) -> Iterable[tuple[str, object]]:
@@ -820,19 +941,11 @@ def _server(node: Node) -> tuple[object, ...]:
 
 
 def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
-    """Return the node of a URL, or the faults, none of which quotes a part that may be secret.
-
-    Not :func:`urllib.parse.urlsplit`: its messages quote what it cannot read.
-    """
+    """Return the node of a URL, or the faults, none of which quotes a part that may be secret."""
     faults: list[str] = []
     if misread := _misread(url):
         return None, [misread]
-    parts, values = _split(url, faults)
-    given = _parameters(parts.get("query") or "", faults)
-    for place in _PLACES:
-        if place in given and values.get(place):
-            faults.append(f"{place} is given twice, before and after '?'")
-        values[place] = given.pop(place, "") or values.get(place, "")
+    values, given = _taken_apart(url, faults)
     address = values["host"] or given.get("hostaddr") or given.get("service")
     if "," in values["host"]:
         faults.append(_ONE_HOST)
@@ -872,6 +985,38 @@ def _node(url: str, shard: str) -> tuple[Node | None, list[str]]:
         discovers=bool(discover),
     )
     return node, []
+
+
+def _login(url: str) -> tuple[Node | None, list[str]]:
+    """Return as whom, and to which database, a URL without a host connects, or the faults."""
+    faults: list[str] = []
+    if misread := _misread(url):
+        return None, [misread]
+    values, given = _taken_apart(url, faults)
+    if values["host"] or values["port"] or given.get("hostaddr"):
+        faults.append("has a host or port: Patroni tells them; write postgresql://user@/database")
+    for name in _OWN_PARAMETERS:
+        if name in given:
+            faults.append(f"parameter {name} is of a single node; remove it")
+    if faults:
+        return None, faults
+    password = Secret(values["password"]) if values["password"] else None
+    options = tuple(given.items())
+    return Node("", "", 5432, values["dbname"], values["user"], password, options=options), []
+
+
+def _taken_apart(url: str, faults: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a URL's places, and its other parameters.
+
+    Not :func:`urllib.parse.urlsplit`: its messages quote what it cannot read.
+    """
+    parts, values = _split(url, faults)
+    given = _parameters(parts.get("query") or "", faults)
+    for place in _PLACES:
+        if place in given and values.get(place):
+            faults.append(f"{place} is given twice, before and after '?'")
+        values[place] = given.pop(place, "") or values.get(place, "")
+    return values, given
 
 
 def _misread(url: str) -> str | None:

@@ -121,7 +121,7 @@ class Released:
 
     Attributes:
         seconds: since that was first seen here.
-        waited: how many of this process have waited.
+        waited: how many of this process have waited, at once, at most.
     """
 
     shard: str

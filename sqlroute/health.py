@@ -804,16 +804,14 @@ def _held(shard: ShardHealth, primary: NodeHealth | None, now: float) -> ShardHe
     if primary is not None and primary.failures == 0 and primary.promotion is not None:
         if not primary.operation or primary.operation == spent:
             hold = None
-        elif hold is None or hold.operation != primary.operation:
-            hold = Hold(primary.operation, now, primary.held_until)
-        elif hold.ends_at != primary.held_until:
-            hold = replace(hold, ends_at=primary.held_until)
-    if hold is not None and now >= hold.since + LONGEST_HOLD:
-        spent = hold.operation
+        else:
+            is_new = hold is None or hold.operation != primary.operation
+            since = now if hold is None or is_new else hold.since
+            hold = Hold(primary.operation, since, min(primary.held_until, since + LONGEST_HOLD))
+    if hold is not None and now >= hold.ends_at:
+        spent = hold.operation if now >= hold.since + LONGEST_HOLD else spent
         hold = None
-    elif hold is not None and now >= hold.ends_at:
-        hold = None
-    if hold is shard.hold and spent == shard.spent:
+    if hold == shard.hold and spent == shard.spent:
         return shard
     return replace(shard, hold=hold, spent=spent)
 

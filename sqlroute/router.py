@@ -46,7 +46,7 @@ from sqlroute.events import (
     StatementDone,
     log_event,
 )
-from sqlroute.health import Health, Hold, Role, State
+from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
@@ -75,7 +75,7 @@ from sqlroute.runtime.engines import Engines
 from sqlroute.runtime.limits import Limit
 from sqlroute.runtime.news import changes, is_another
 from sqlroute.runtime.waits import Waits, answered, blocking, sleep
-from sqlroute.topology import Keyspace, ShardMap, Topology, differences
+from sqlroute.topology import Announced, Keyspace, ShardMap, Topology, differences
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -125,7 +125,7 @@ class Router:
         from sqlroute.runtime.writes import Writes
 
         self.writes = Writes(lambda: self.monitor)
-        self._usage = ProgramUsage(self._fit_pools, self.writes.name_of)
+        self._usage = ProgramUsage(self._looked_at, self.writes.name_of)
         self._turns: Mapping[str, Iterator[int]] = defaultdict(count)
         self._process = _process()
 
@@ -155,7 +155,11 @@ class Router:
         _routers.add(self)
         self._retired_async: list[Engine] = []
         self._reloading = threading.Lock()
-        self._discovery = Discovery(topology, self._use)
+        self._discovery = Discovery(
+            topology,
+            self._use_discovered,
+            ask_catalog=self._announced,
+        )
         self._source: str | Path | Mapping[str, Any] | None = None
         self._engines = {
             flavour: Engines(
@@ -207,11 +211,12 @@ class Router:
         if faults := tuple(differences(self.topology, source)):
             raise ConfigError(faults)
         self._discovery.declare(source)
-        self._use(self._discovery.topology)
+        self._use_discovered()
 
-    def _use(self, topology: Topology) -> None:
-        """Route to other nodes from now on."""
+    def _use_discovered(self) -> None:
+        """Route to the nodes that are known by now."""
         with self._reloading:
+            topology = self._discovery.topology
             with self._lock:
                 self.planner = Planner(topology, self.planner.functions)
                 self.topology = topology
@@ -219,6 +224,19 @@ class Router:
             self._retired_async += self._engines[True].set_topology(topology)
             for engine in self._engines[False].set_topology(topology):
                 engine.pool.dispose()
+
+    def _announced(self, shard: str, revision: int) -> Announced:
+        """Return what the catalog of a shard says of its nodes, the primary's first.
+
+        Raises:
+            OSError: no node tells of that revision.
+        """
+        from sqlroute.catalog.nodes import read_newest
+
+        health = self.monitor.health
+        known = [node for node in self.topology.shard(shard).nodes if node.name in health.nodes]
+        known.sort(key=lambda node: _distance(health.of(node.name)))
+        return read_newest(shard, revision, known, self.policy.connect_timeout)
 
     async def areload(
         self, source: str | Path | Mapping[str, Any] | Topology | None = None
@@ -355,7 +373,7 @@ class Router:
                     found = plan_rows(described, keys, situation, self._rng)
             except NoPrimary as none:
                 waits = waits or self._waits(none.shard, limit)
-                if not waits.goes_on(engines):
+                if not waits.goes_on(engines, situation.health.shard(none.shard).primary):
                     raise
                 self._ask(engines, none.shard, waits.left())
                 tries -= 1
@@ -450,6 +468,19 @@ class Router:
             blocking(engines or self._engines[False], self._first_look)
         return self.monitor.health
 
+    def look_around(self) -> Health:
+        """Find all nodes and ask each of them now: those too that only the catalogs announce.
+
+        Without an answer each of these questions takes as long as a connection may, at most.
+        """
+        timeout = self.policy.connect_timeout
+        self._discovery.start(timeout)
+        self.monitor.ready(timeout)
+        for shard in self.topology.keyspace_of_shard:  # after it what was seen first is told
+            self.monitor.ask(shard, self.policy.probe_deadline)
+        self._discovery.settle(timeout)
+        return self.monitor.ready(timeout)
+
     def _first_look(self) -> None:
         """Wait until every shard has a primary, at most as long as a connection may take."""
         deadline = time.monotonic() + self.policy.connect_timeout
@@ -465,6 +496,11 @@ class Router:
                     health = self.monitor.ask(shard, self.policy.probe_deadline)
             self._usage.start(self.topology.keyspace_of_shard)  # the look may have taken long
             self._has_looked = True
+
+    def _looked_at(self, node: str) -> None:
+        """Do what is due from time to time: a node has answered the monitor."""
+        self._fit_pools(node)
+        self.writes.wake()
 
     def _fit_pools(self, node: str) -> None:
         """Give each pool of a node this process's part of what may be open there."""
@@ -548,15 +584,6 @@ class Router:
         known = self.monitor.health.shard(shard)
         patience = self.policy.primary_wait if known.highest_timeline else 0
         return Waits(self.writes, shard, patience, limit, self.policy.max_held)
-
-    def await_release(self, shard: str, hold: Hold, engines: Engines, limit: Limit | None) -> None:
-        """Wait, before a transaction that may write begins, until a shard is held no more.
-
-        Raises:
-            NoPrimary: ``max_held`` others wait already.
-            DeadlineExceeded: the session's deadline is before the end.
-        """
-        self.writes.await_release(shard, hold, engines, limit, self.policy.max_held)
 
     def acknowledged(self, shard: str, timeline: int, lsn: int) -> None:
         """Note what a commit was acknowledged with: the monitor tells all nodes of the shard."""
@@ -775,7 +802,7 @@ class Router:
                 return bind_target(shard, situation, self._rng)
             except NoPrimary:
                 waits = waits or self._waits(shard, limit)
-                if not waits.goes_on(engines):
+                if not waits.goes_on(engines, situation.health.shard(shard).primary):
                     raise
                 self._ask(engines, shard, waits.left())
             except Question as question:
@@ -854,6 +881,8 @@ class Router:
         for name, shard in new.shards.items():
             if name in old.shards:
                 self.writes.changed(old.shards[name], shard)
+                if shard.revision != old.shards[name].revision:
+                    self._discovery.revised(name, shard.revision)
         for event in changes(old, new, time.monotonic(), self.writes.take_waited):
             self.listeners.tell(event)
 
@@ -912,8 +941,8 @@ class Router:
 
     def close(self) -> None:
         """Stop the monitor and close all pools of sync engines."""
+        self.monitor.close()  # first: what it sees may start a question
         self._discovery.close()
-        self.monitor.close()
         self._engines[False].close()
         if self._threads is not None:
             self._threads.shutdown(wait=False)
@@ -953,6 +982,11 @@ def _start_anew() -> None:
 
 
 os.register_at_fork(after_in_child=_start_anew)
+
+
+def _distance(node: NodeHealth) -> tuple[bool, bool, int]:
+    """Return by what to sort nodes of a shard: what was written last is there first."""
+    return (not node.is_readable, node.role is not Role.PRIMARY, -node.lsn)
 
 
 def _process() -> str:

@@ -62,6 +62,7 @@ from sqlroute.routing.token import Token
 from sqlroute.runtime.commit import CommitGroup, is_lost
 from sqlroute.runtime.limits import Limit, waiting_for
 from sqlroute.runtime.settings import Settings
+from sqlroute.runtime.waits import LONGEST_PAUSE, sleep
 from sqlroute.runtime.writes import has_ended
 from sqlroute.stale import StaleWrites
 
@@ -468,7 +469,7 @@ class RoutingMixin(Asking, _Base):
                     f"execution option {name} is of statements, not of connections; for these use "
                     'bind_arguments={"shard": "..."} and session.begin(read_only=True)'
                 )
-        given, until = execution_options, None
+        given, until, pause = execution_options, None, 0.0
         while True:
             engine, shard = self._admitted(engine)
             affinity = self._affinity
@@ -483,7 +484,10 @@ class RoutingMixin(Asking, _Base):
                 until = now + self._router.policy.primary_wait if until is None else until
                 if not isinstance(error, OperationalError) or now > until:
                     raise
-                engine = self._instead_of(engine, error)
+                failed, engine = engine, self._instead_of(engine, error)
+                if engine is failed:  # it is there, and takes no more connections, maybe
+                    pause = min(2 * pause + 0.01, LONGEST_PAUSE)
+                    sleep(self._routes, pause)
                 continue
             if shard is None or self._is_nested or not has_ended(found):
                 break
@@ -508,19 +512,16 @@ class RoutingMixin(Asking, _Base):
         if node is None or self._affinity.read_only or node in self._streaming:
             return engine, None
         shard = self._routes.shard_of(node)
-        ticket = self._ticket
+        ticket, writes = self._ticket, self._router.writes
         if ticket is None:
-            ticket = self._ticket = self._router.writes.ticket()
+            ticket = self._ticket = writes.ticket()
         elif shard in ticket.shards:
             return engine, None
-        while True:
-            ticket.enter(shard)  # before looking: see sqlroute.runtime.writes
-            hold = self._router.writes.hold(shard)
-            if hold is None:
-                return engine, shard
-            ticket.leave(shard)
-            self._router.await_release(shard, hold, self._routes, self._limit)
+        while (hold := ticket.enter(shard)) is not None:
+            most = self._router.policy.max_held
+            writes.await_release(ticket, shard, hold, self._routes, self._limit, most)
             engine = self._routes.engine(self._primary_of(shard).node)
+        return engine, shard
 
     @property
     def _is_nested(self) -> bool:
@@ -548,6 +549,8 @@ class RoutingMixin(Asking, _Base):
             _, begun, *_ = transaction._connections.pop(key)
         self._optioned -= {connection.engine}
         self._affinity = affinity
+        if node is not None and self._group is not None:
+            self._group.forsake(self._routes.shard_of(node))
         if not connection.invalidated and is_lost(connection.connection):
             connection.invalidate()
         with suppress(DBAPIError):  # it is lost, and so is what began on it

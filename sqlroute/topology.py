@@ -6,7 +6,7 @@ is a fact that is observed (see :mod:`sqlroute.health`), never configured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from sqlroute.errors import UnknownName, UnownedBucket
 
 T = TypeVar("T")
+
+NOBODY: Mapping[str, str] = MappingProxyType({})
 
 
 class Secret:
@@ -73,6 +75,23 @@ class Node:
         options = (*self.options, ("hostaddr", address))
         return replace(self, name=name, options=options, discovers=False)
 
+    def placed(self, place: Place) -> Node:
+        """Return another server of the same cluster: credentials, database and options are kept."""
+        options = {k: v for k, v in self.options if k != "hostaddr"}
+        if "service" in options:
+            options["port"] = str(place.port)  # else the service's own, see conninfo()
+        return replace(
+            self,
+            name=place.name,
+            host=place.host,
+            port=place.port,
+            zone=place.zone,
+            weight=place.weight,
+            pooler=place.pooler,
+            options=tuple(options.items()),
+            discovers=False,
+        )
+
     def conninfo(self) -> dict[str, Any]:
         """Return libpq parameters, the password revealed: only for a driver's connect call."""
         values: dict[str, Any] = dict(self.options)
@@ -90,11 +109,113 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server stands that no file names: what else it takes to connect its shard knows.
+
+    Attributes:
+        name, host, port, zone, weight, pooler: see :class:`Node`.
+    """
+
+    name: str
+    host: str
+    port: int = 5432
+    zone: str = ""
+    weight: float = 1.0
+    pooler: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """What the catalog of a shard says of its nodes, beside the file.
+
+    Attributes:
+        revision: of ``sqlroute.shard``, which grows with each change of these.
+        added: by ``sqlroute replica add``.
+        removed: names and, where they are known, hosts and ports of nodes that were removed.
+    """
+
+    revision: int
+    added: tuple[Place, ...] = ()
+    removed: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RestApi:
+    """How Patroni's REST API is reached.
+
+    Attributes:
+        endpoints: ``http://host:port``, each the API of one member.
+        user, password: for what changes something; reading needs none.
+        ca_file: PEM file of who may have signed the API's certificate; empty for the system's.
+        cert_file, key_file: a client's certificate, where the API asks for one.
+        interval: seconds from one look at the cluster to the next.
+        timeout: seconds that connecting to an endpoint, and its answer, may take.
+    """
+
+    endpoints: tuple[str, ...]
+    user: str = ""
+    password: Secret | None = None
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    interval: float = 10.0
+    timeout: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """A primary and its replicas, holding some of the data of a keyspace."""
+    """A primary and its replicas, holding some of the data of a keyspace.
+
+    Attributes:
+        nodes: may be empty as long as Patroni has not said which there are.
+        patroni: whose members the nodes are; ``None`` where the file alone says which there are.
+        login: a node without a host: as whom, and to which database, nodes that the file does not
+            name are connected. ``None`` for that of the first node.
+    """
 
     name: str
     nodes: tuple[Node, ...]
+    patroni: RestApi | None = None
+    login: Node | None = None
+
+    @property
+    def template(self) -> Node:
+        """What a node that the file does not name is made of."""
+        return self.nodes[0] if self.login is None else self.login
+
+    def consisting_of(self, members: Iterable[Place], owners: Mapping[str, str] = NOBODY) -> Shard:
+        """Return the shard with these servers and no other.
+
+        One that the file names is called as there, and keeps its zone and weight.
+
+        Args:
+            owners: the shards of all nodes, by name. A member by the name of another shard's node
+                goes by its address.
+        """
+        known = {(node.host, node.port): node for node in self.nodes}
+        nodes = []
+        for place in members:
+            is_free = owners.get(place.name, self.name) == self.name
+            name = place.name if is_free else f"{self.name}-{place.host}:{place.port}"
+            new = self.template.placed(replace(place, name=name))
+            nodes.append(known.get((place.host, place.port), new))
+        return replace(self, nodes=tuple(nodes), login=self.template)
+
+    def announced(self, news: Announced, owners: Mapping[str, str] = NOBODY) -> Shard:
+        """Return the shard with the nodes that were added and without those that were removed.
+
+        The last one stays, whatever is said of it: nobody could tell of its successor. What was
+        added and has a name or an address that another node has is that node already.
+
+        Args:
+            owners: the shards of all nodes, by name.
+        """
+        nodes = [node for node in self.nodes if not _is_one_of(node, news.removed)]
+        for place in news.added:
+            is_free = owners.get(place.name, self.name) == self.name
+            if is_free and not _is_one_of(place, nodes):
+                nodes.append(self.template.placed(place))
+        return replace(self, nodes=tuple(nodes) or self.nodes[:1])
 
 
 @dataclass(frozen=True)
@@ -162,13 +283,38 @@ class Topology:
         """
         if not any(node.discovers for node in self.nodes()):
             return self
+        return self._with_each(lambda s, _: replace(s, nodes=tuple(_of_names(s, addresses))))
+
+    def consisting_of(self, members: Mapping[str, tuple[Place, ...]]) -> Topology:
+        """Return the topology with other servers in the shards that are named."""
+        if not members:
+            return self
+        return self._with_each(
+            lambda s, owners: s.consisting_of(members[s.name], owners) if s.name in members else s
+        )
+
+    def announced(self, news: Mapping[str, Announced]) -> Topology:
+        """Return the topology with what the catalogs of some shards say of their nodes."""
+        if not any(said.added or said.removed for said in news.values()):
+            return self
+        return self._with_each(
+            lambda s, owners: s.announced(news[s.name], owners) if s.name in news and s.nodes else s
+        )
+
+    def _with_each(self, change: Callable[[Shard, Mapping[str, str]], Shard]) -> Topology:
+        """Return the topology of changed shards.
+
+        Args:
+            change: called with a shard, and the shards of all nodes by name.
+        """
+        owners = dict(self.shard_of_node)
         keyspaces = []
         for keyspace in self.keyspaces:
-            shards = tuple(
-                replace(shard, nodes=tuple(_of_names(shard, addresses)))
-                for shard in keyspace.shards
-            )
-            keyspaces.append(replace(keyspace, shards=shards))
+            shards = []
+            for shard in keyspace.shards:
+                shards.append(change(shard, owners))
+                owners |= {node.name: shard.name for node in shards[-1].nodes}
+            keyspaces.append(replace(keyspace, shards=tuple(shards)))
         return Topology(tuple(keyspaces))
 
     def keyspace(self, name: str) -> Keyspace:
@@ -256,6 +402,14 @@ def differences(old: Topology, new: Topology) -> Iterator[str]:
                 f"{path}.shards: {', '.join(before.shard_names)} cannot become "
                 f"{', '.join(now.shard_names)} while the router runs; make a new one"
             )
+
+
+def _is_one_of(node: Node | Place, others: Iterable[Node | Place]) -> bool:
+    return any(
+        node.name == other.name
+        or (other.host != "" and (node.host, node.port) == (other.host, other.port))
+        for other in others
+    )
 
 
 def _of_names(shard: Shard, addresses: Mapping[str, tuple[str, ...]]) -> Iterator[Node]:

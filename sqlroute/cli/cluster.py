@@ -25,7 +25,7 @@ def status(router: Router) -> dict[str, Any]:
 
     ``healthy`` is false when a shard has no primary, or more than one, or a node cannot be used.
     """
-    router.monitor.ready(router.policy.connect_timeout)
+    router.look_around()
     for _ in range(LOOKS):
         for shard in router.topology.keyspace_of_shard:
             router.monitor.ask(shard, router.policy.probe_deadline)

@@ -418,6 +418,12 @@ def _primary(shard: str, situation: Situation) -> str:
             else f"{node.name} {_state(situation.health, node.name)}"
             for node in situation.topology.shard(shard).nodes
         )
+        if not states:  # the configuration leaves them to Patroni
+            raise NoPrimary(
+                f"no node of shard {shard} is known: Patroni has not told them yet; see that one "
+                "of its REST APIs runs and can be reached from here",
+                shard,
+            )
         raise NoPrimary(
             f"shard {shard} has no primary now: {states}; try again or promote a node", shard
         )

@@ -157,6 +157,10 @@ class CommitGroup:
     def wrote(self, shard: str) -> None:
         self._wrote[shard] = None
 
+    def forsake(self, shard: str) -> None:
+        """Let a member go that was lost before it has answered anything."""
+        self.leave(self._connections.pop(shard, None))
+
     @property
     def writers(self) -> tuple[str, ...]:
         """The shards that were written."""

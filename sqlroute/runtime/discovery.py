@@ -1,23 +1,20 @@
-"""Names that stand for several servers: DNS is asked again whenever its last answer expires.
+"""Nodes that the file does not name: behind a name in DNS, in a Patroni cluster, in the catalog.
 
-One daemon thread for all names of a router, started only if there are any. An answer that fails or
-is empty changes nothing: the servers known before stay, since a name server that is away for a
-minute must not take the databases with it.
+Three kinds of questions, each with a thread of its own that is there only if it has something to
+ask for (:mod:`sqlroute.runtime.inquiry`). What they find is put onto the declared topology in this
+order, so that a node that an operator has removed stays away whoever else names it.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sqlroute.topology import Topology
-
-log = logging.getLogger("sqlroute.discovery")
+from sqlroute.runtime.inquiry import Inquiry, NoAnswer, Reply
+from sqlroute.topology import Announced, Place, RestApi, Topology
 
 SHORTEST, LONGEST = 5.0, 300.0
 """Seconds between two questions for one name, whatever its time to live."""
@@ -28,6 +25,9 @@ WITHOUT_TTL = 30.0
 TIMEOUT = 5.0
 """Seconds that one question may take."""
 
+Addresses = tuple[str, ...]
+Members = tuple[Place, ...]
+
 
 class Answer(NamedTuple):
     """What a name stands for now.
@@ -37,110 +37,120 @@ class Answer(NamedTuple):
         ttl: seconds for which that may be believed.
     """
 
-    addresses: tuple[str, ...]
+    addresses: Addresses
     ttl: float
 
 
 class Discovery:
-    """Keeps a topology up to date with DNS.
+    """Keeps a topology up to date.
 
     Args:
         declared: the topology as configured.
-        on_change: called with the topology whenever the addresses have changed, from its thread.
-        ask: host -> answer; raises ``OSError`` when there is none. By default DNS, see
-            :func:`ask_dns`.
+        on_change: called from a thread of its own whenever :attr:`topology` has changed.
+        ask_catalog: a shard, and the revision that is known to be there -> what its catalog says of
+            its nodes, by then or later.
+        ask_name: host -> its addresses. By default DNS, see :func:`ask_dns`.
+        ask_cluster: a shard and the API of its Patroni -> the members. By default that API.
+
+    Each of the three raises ``OSError`` where there is no answer.
     """
 
     def __init__(
         self,
         declared: Topology,
-        on_change: Callable[[Topology], None],
-        ask: Callable[[str], Answer] | None = None,
+        on_change: Callable[[], None],
+        *,
+        ask_catalog: Callable[[str, int], Announced],
+        ask_name: Callable[[str], Answer] | None = None,
+        ask_cluster: Callable[[str, RestApi], Members] | None = None,
     ) -> None:
         self._declared = declared
-        self._on_change = on_change
-        self._ask = ask or ask_dns
-        self._addresses: dict[str, tuple[str, ...]] = {}
-        self._due: dict[str, float] = {}
-        self._failing: set[str] = set()
-        self._thread: threading.Thread | None = None
-        self._news, self._all_asked = threading.Event(), threading.Event()
-        self._is_closed = False
+        self._ask_name = ask_name or ask_dns
+        self._ask_cluster = ask_cluster or ask_patroni
+        self._ask_catalog = ask_catalog
+        self._revisions: dict[str, int] = {}
+        self._names = Inquiry("addresses", self._hosts, self._addresses, on_change)
+        self._clusters = Inquiry("members", self._clustered, self._members, on_change)
+        self._catalogs = Inquiry("catalog", self._revised, self._announced, on_change)
 
     @property
     def topology(self) -> Topology:
-        """The declared one with what is known of its names."""
-        return self._declared.discovered(self._addresses)
+        """The declared one with what is known beside it."""
+        found = self._declared.discovered(self._names.known)
+        found = found.consisting_of(self._clusters.known)
+        return found.announced(self._catalogs.known)
 
     def declare(self, topology: Topology) -> None:
-        """Ask for other names from now on."""
+        """Go by another topology from now on."""
         self._declared = topology
-        self._news.set()
+        for inquiry in self._inquiries():
+            inquiry.wake()
+
+    def revised(self, shard: str, revision: int) -> None:
+        """Read the nodes in a shard's catalog anew, if what is known is of another revision.
+
+        Does not wait for it.
+        """
+        self._revisions[shard] = revision
+        known = self._catalogs.known.get(shard)
+        if known is None or known.revision != revision:
+            self._catalogs.renew(shard)
 
     def start(self, timeout: float) -> None:
-        """Start the thread, if there is a name; wait until each was asked once, a while at most."""
-        if self._thread is not None or not self._hosts():
-            return
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="sqlroute discovery", daemon=True)
-        self._thread.start()
-        self._all_asked.wait(timeout)
+        """Start the threads that are needed; wait until each has asked once, a while at most.
+
+        Not for the catalogs: their nodes are used as soon as they are known.
+        """
+        deadline = time.monotonic() + timeout
+        asked = [inquiry.start() for inquiry in self._inquiries()]
+        for each in asked[:2]:
+            each.wait(max(deadline - time.monotonic(), 0.0))
+
+    def settle(self, timeout: float) -> None:
+        """Wait until there is nothing more to ask for now, of the catalogs neither."""
+        deadline = time.monotonic() + timeout
+        for inquiry in self._inquiries():
+            inquiry.start().wait(max(deadline - time.monotonic(), 0.0))
 
     def close(self) -> None:
-        self._is_closed = True
-        self._news.set()
-        self._thread = None
+        for inquiry in self._inquiries():
+            inquiry.close()
 
     def forget(self) -> None:
-        """Start anew: also in a child after a fork, where the thread is not."""
-        self._thread = None
-        self._news, self._all_asked = threading.Event(), threading.Event()
-        self._is_closed = False
+        """Start anew in a child after a fork, where the threads are not."""
+        for inquiry in self._inquiries():
+            inquiry.forget()
 
-    def _hosts(self) -> set[str]:
-        return {node.host for node in self._declared.nodes() if node.discovers}
+    def _inquiries(self) -> tuple[Inquiry[Addresses], Inquiry[Members], Inquiry[Announced]]:
+        return self._names, self._clusters, self._catalogs
 
-    def _run(self) -> None:
-        while not self._is_closed:
-            self._news.clear()
-            self._look(time.monotonic())
-            self._all_asked.set()
-            due = min((self._due[host] for host in self._hosts()), default=math.inf)
-            self._news.wait(min(max(due - time.monotonic(), 0.0), LONGEST))
+    def _hosts(self) -> frozenset[str]:
+        return frozenset(node.host for node in self._declared.nodes() if node.discovers)
 
-    def _look(self, now: float) -> None:
-        """Ask for the names that are due; publish once if any has changed."""
-        hosts = self._hosts()
-        before = dict(self._addresses)
-        self._addresses = {host: found for host, found in before.items() if host in hosts}
-        self._due = {host: at for host, at in self._due.items() if host in hosts}
-        for host in sorted(hosts):
-            if self._due.get(host, now) <= now:
-                self._due[host] = now + self._resolve(host)
-        if self._addresses != before:
-            self._on_change(self.topology)
+    def _clustered(self) -> frozenset[str]:
+        return frozenset(s.name for k in self._declared.keyspaces for s in k.shards if s.patroni)
 
-    def _resolve(self, host: str) -> float:
-        """Note what a name stands for; return the seconds until it is to be asked again."""
-        try:
-            answer = self._ask(host)
-        except OSError as error:
-            return self._failed(host, str(error))
-        if not answer.addresses:
-            return self._failed(host, "it has no address")
-        self._failing.discard(host)
-        addresses = tuple(sorted(set(answer.addresses)))
-        if addresses != self._addresses.get(host):
-            log.info("%s is %s", host, ", ".join(addresses))
-            self._addresses[host] = addresses
-        return min(max(answer.ttl, SHORTEST), LONGEST)
+    def _revised(self) -> frozenset[str]:
+        return frozenset(self._revisions)
 
-    def _failed(self, host: str, why: str) -> float:
-        if host not in self._failing:
-            self._failing.add(host)
-            kept = ", ".join(self._addresses.get(host, ())) or "its name"
-            log.warning("%s cannot be looked up, going on with %s: %s", host, kept, why)
-        return SHORTEST
+    def _addresses(self, host: str) -> Reply[Addresses]:
+        found = self._ask_name(host)
+        if not found.addresses:
+            raise NoAnswer("it has no address")
+        seconds = min(max(found.ttl, SHORTEST), LONGEST)
+        return Reply(tuple(sorted(set(found.addresses))), seconds)
+
+    def _members(self, shard: str) -> Reply[Members]:
+        api = self._declared.shard(shard).patroni
+        if api is None:
+            raise NoAnswer("by now its nodes are not those of a Patroni cluster")
+        found = self._ask_cluster(shard, api)
+        if not found:
+            raise NoAnswer("the cluster has no member")
+        return Reply(found, api.interval)
+
+    def _announced(self, shard: str) -> Reply[Announced]:
+        return Reply(self._ask_catalog(shard, self._revisions[shard]), math.inf)
 
 
 def ask_dns(host: str) -> Answer:
@@ -167,3 +177,14 @@ def ask_dns(host: str) -> Answer:
 def _ask_system(host: str) -> Answer:
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return Answer(tuple(str(address[0]) for *_, address in found), WITHOUT_TTL)
+
+
+def ask_patroni(shard: str, api: RestApi) -> Members:
+    """Ask Patroni for the members of a cluster.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    from sqlroute.ext.patroni import ask_members  # which needs http, ssl, json: few programs do
+
+    return ask_members(shard, api)

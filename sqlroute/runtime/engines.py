@@ -99,11 +99,13 @@ class Engines:
         plan that was made a moment ago may still ask for a node that went: its engine stays.
         """
         with self._lock:
-            old, self._topology = self._topology, topology
+            before = {node.name: node for node in self._topology.nodes()}
+            self._topology = topology
             known = {node.name: node for node in topology.nodes()}
             gone = [name for name in self._engines if name not in known]
+            # one that comes back, too: its pool was retired when it went
             changed = [
-                name for name in self._engines if name in known and known[name] != old.node(name)
+                name for name in self._engines if name in known and known[name] != before.get(name)
             ]
             retired = [self._engines[name] for name in (*gone, *changed)]
             for name in changed:

@@ -141,6 +141,11 @@ class Monitor:
             self._run_unless_closed()
         return self._health
 
+    @property
+    def last_health(self) -> Health:
+        """What was known last. Starts nothing and takes no lock: the garbage collector may ask."""
+        return self._health
+
     def start(self) -> None:
         """Start the thread, also after :meth:`close`; nothing if it runs."""
         self._is_closed = False
@@ -453,10 +458,10 @@ class _Watcher:
     async def _main(self) -> None:
         self.watch_topology()
         await self._stopped.wait()
-        under_way = (*self._rounds, *self._ended)
-        for task in under_way:  # first: a round that goes on may begin another probe
+        for task in self._rounds:  # first: a round that goes on may begin another probe
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        # what ends the watch of a node that went must come to its end: it closes a connection
+        await asyncio.gather(*self._rounds, *self._ended, return_exceptions=True)
         await self._end(tuple(self._watched.values()))
 
     async def _end(self, ended: tuple[_Watched, ...]) -> None:
@@ -473,7 +478,7 @@ class _Watcher:
             is_down = known is not None and known.state is State.DOWN
             try:
                 async with self._slots_of_the_down if is_down else self._slots:
-                    await self._observe(watched)
+                    await self._fresh(watched)  # one under way tells what there was at its begin
             except Exception:
                 log.exception("probing node %s failed by a fault of the monitor", watched.node)
             began = self.loop.time()
@@ -519,8 +524,8 @@ class _Watcher:
         before = self._monitor.health.shards.get(watched.shard)
         self._monitor._observed(observation)
         now = self._monitor.health.shards.get(watched.shard)
-        if now is not None and now.hold is not None and (before is None or before.hold is None):
-            self.wake(watched.shard)  # whose nodes are asked more often from now on
+        if before is not None and now is not None and (before.hold is None) != (now.hold is None):
+            self.wake(watched.shard)  # all its nodes are told, and asked more often or less
         return observation
 
     async def _ask(self, shard: str, asked: Future[None]) -> None:

@@ -44,6 +44,7 @@ class Waits:
         self._limit = limit
         self._until = time.monotonic() + patience
         self._pause = 0.0
+        self._is_queued = False
 
     @property
     def _ends(self) -> float:
@@ -55,19 +56,28 @@ class Waits:
     def left(self) -> float:
         return max(self._ends - time.monotonic(), SHORTEST_LOOK)
 
-    def goes_on(self, engines: Engines) -> bool:
+    def goes_on(self, engines: Engines, but_not: str | None) -> bool:
         """Wait for a primary, or a pause, and say whether to look once more.
+
+        While the shard is held there are no pauses: its nodes are asked all the time anyway.
+
+        Args:
+            but_not: the primary that was known, and of no use.
 
         Raises:
             NoPrimary: the shard is held, and too many wait for it.
         """
-        pause = self._pause
-        if pause:
-            if time.monotonic() >= self._ends:
+        if self._pause:
+            now, ends = time.monotonic(), self._ends
+            if now >= ends:
                 return False
-            pause = min(pause, self.left())
-            self._writes.await_primary(self._shard, engines, pause, self._most)
-        self._pause = min(2 * pause + 0.01, LONGEST_PAUSE)
+            hold = self._writes.hold(self._shard)
+            if hold is not None and not self._is_queued:
+                self._writes.check_room(self._shard, hold, self._most)
+                self._is_queued = True
+            until = now + self._pause if hold is None else hold.ends_at
+            self._writes.await_primary(self._shard, but_not, engines, min(until, ends))
+        self._pause = min(2 * self._pause + 0.01, LONGEST_PAUSE)
         return True
 
 

@@ -11,7 +11,13 @@ tell the servers of it is the name of the monitor's connections::
 ``seen``: the newest position that a commit of this process was acknowledged with on the shard.
 ``held``: no write transaction is under way here and none begins, because of that operation.
 
+A name has room for 63 bytes. This one fits whatever the position is, as long as the operation's id
+has 12 letters and the shard has seen fewer than a million promotions.
+
 Who waits does so in its thread, or task; nobody looks again and again.
+
+The garbage collector ends transactions, too, and unwinds tasks that wait. It runs at any moment in
+any thread, so nothing that it may call takes a lock: sets and dicts are changed in single steps.
 """
 
 from __future__ import annotations
@@ -20,11 +26,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import wait as wait_for_all
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from enum import Enum
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.util import await_only
@@ -44,8 +51,19 @@ RAMP = 16
 meet a server, and an interpreter, that can serve a few at a time, and the first of them would come
 last."""
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V", bound=Hashable)
+
 _numbers = itertools.count(1)
 _NOTHING = (0, 0)
+
+
+class News(Enum):
+    """What somebody may wait for in a shard."""
+
+    HELD = "held"
+    RELEASED = "released"
+    PRIMARY = "primary"
 
 
 class Ticket:
@@ -61,11 +79,19 @@ class Ticket:
     def __repr__(self) -> str:
         return f"Ticket({', '.join(self.shards)})"
 
-    def enter(self, shard: str) -> None:
-        """Register, before looking if the shard is held."""
+    def enter(self, shard: str) -> Hold | None:
+        """Register on a shard, unless a hold is in the way, which is returned."""
+        writes = self._writes
+        hold = writes.hold_for(self, shard)
+        if hold is not None:
+            return hold
         # one step for the interpreter: threads meet here
-        self._writes.under_way[shard].add(self._number)
+        writes.under_way[shard].add(self._number)
         self.shards += (shard,)
+        hold = writes.hold_for(self, shard)  # which may have begun before that was to be seen
+        if hold is not None:
+            self.leave(shard)
+        return hold
 
     def leave(self, shard: str) -> None:
         self.shards = tuple(entered for entered in self.shards if entered != shard)
@@ -105,11 +131,9 @@ class Writes:
     def forget(self) -> None:
         """Start anew, in a child after a fork: its parent's transactions are not its own."""
         self._lock = threading.Lock()
-        self._for_release: dict[str, set[Future[None]]] = {}
-        self._for_primary: dict[str, set[Future[None]]] = {}
+        self._waiting: dict[tuple[News, str], set[Future[None]]] = _Sets()
         self._woken: deque[Future[None]] = deque()
-        self._waiting: dict[str, int] = {}
-        self._waited: dict[str, int] = {}
+        self._most_waiting: dict[str, int] = {}
         self.under_way.clear()
 
     def ticket(self) -> Ticket:
@@ -118,9 +142,22 @@ class Writes:
 
     def hold(self, shard: str) -> Hold | None:
         """Return the hold that is on now."""
-        known = self._monitor().health.shards.get(shard)
+        known = self._monitor().last_health.shards.get(shard)
         hold = known.hold if known is not None else None
         return hold if hold is not None and time.monotonic() < hold.ends_at else None
+
+    def hold_for(self, ticket: Ticket, shard: str) -> Hold | None:
+        """Return the hold that a transaction has to wait for before it writes on one more shard.
+
+        One that is under way on a shard that is held itself waits for nothing: that operation
+        waits for it. Else two operations, and two transactions over both shards, would wait for
+        each other in a ring. No others begin on those shards, so they are soon few.
+        """
+        hold = self.hold(shard)
+        if hold is None:
+            return None
+        others = (other for other in ticket.shards if other != shard)
+        return None if any(self.hold(other) is not None for other in others) else hold
 
     def ended(self, shard: str, number: int) -> None:
         """Note the end of a transaction. Also called by the garbage collector: takes no lock."""
@@ -151,86 +188,87 @@ class Writes:
     # those that wait
 
     def await_release(
-        self, shard: str, hold: Hold, engines: Engines, limit: Limit | None, most: int
+        self,
+        ticket: Ticket,
+        shard: str,
+        hold: Hold,
+        engines: Engines,
+        limit: Limit | None,
+        most: int,
     ) -> None:
-        """Wait until a hold is over, or another one has begun.
+        """Wait until a hold is over, or another one has begun, or a transaction need not wait.
 
         Raises:
             NoPrimary: too many wait already.
             DeadlineExceeded: the session's deadline is before the end.
         """
 
-        def is_over() -> bool:
-            now = self.hold(shard)
-            return now is None or now.operation != hold.operation
+        def in_the_way() -> Hold | None:
+            now = self.hold_for(ticket, shard)
+            return now if now is not None and now.operation == hold.operation else None
 
-        with self._queued(shard, hold, most):
-            while (now := self.hold(shard)) is not None and now.operation == hold.operation:
-                until = now.ends_at if limit is None else min(now.ends_at, limit.at)
-                self._wait(self._for_release, shard, is_over, engines, until)
-                if limit is not None and limit.left() <= 0 and not is_over():
-                    raise DeadlineExceeded(
-                        f"operation {hold.operation} holds the write transactions of shard "
-                        f"{shard} beyond the session's deadline; nothing was sent; try again or "
-                        "give it longer"
-                    )
+        wanted = [(News.RELEASED, shard), *((News.HELD, other) for other in ticket.shards)]
+        self.check_room(shard, hold, most)
+        while (now := in_the_way()) is not None:
+            if limit is not None and limit.left() <= 0:
+                raise DeadlineExceeded(
+                    f"operation {hold.operation} holds the write transactions of shard {shard} "
+                    "beyond the session's deadline; nothing was sent; try again or give it longer"
+                )
+            until = now.ends_at if limit is None else min(now.ends_at, limit.at)
+            self._wait(wanted, lambda: in_the_way() is None, engines, until)
 
-    def await_primary(self, shard: str, engines: Engines, timeout: float, most: int) -> None:
-        """Wait until a shard has a primary, for a while.
-
-        Raises:
-            NoPrimary: it is held, and too many wait already.
-        """
+    def await_primary(
+        self, shard: str, but_not: str | None, engines: Engines, until: float
+    ) -> None:
+        """Wait until a shard has a primary, or another one than that of no use, for a while."""
 
         def is_there() -> bool:
-            return self._monitor().health.shard(shard).primary is not None
+            return self._monitor().last_health.shard(shard).primary not in (None, but_not)
 
-        hold = self.hold(shard)
-        until = time.monotonic() + timeout
-        if hold is None:
-            self._wait(self._for_primary, shard, is_there, engines, until)
-            return
-        with self._queued(shard, hold, most):
-            self._wait(self._for_primary, shard, is_there, engines, until)
+        self._wait([(News.PRIMARY, shard)], is_there, engines, until)
 
-    @contextmanager
-    def _queued(self, shard: str, hold: Hold, most: int) -> Iterator[None]:
-        """Count who waits under a hold; refuse who would be one too many."""
-        with self._lock:
-            count = self._waiting.get(shard, 0)
-            if count < most:
-                self._waiting[shard] = count + 1
-                self._waited[shard] = self._waited.get(shard, 0) + 1
-        if count >= most:
+    def check_room(self, shard: str, hold: Hold, most: int) -> None:
+        """Refuse who would be one too many of those that wait for a held shard.
+
+        Raises:
+            NoPrimary: so many wait already.
+        """
+        waiting = (self._waiting[kind, shard] for kind in (News.RELEASED, News.PRIMARY))
+        count = 1 + sum(map(len, waiting))
+        if count > most:
             raise NoPrimary(
                 f"operation {hold.operation} holds the write transactions of shard {shard}, and "
                 f"{most} wait already (max_held); nothing was sent; try again later or raise "
                 "max_held",
                 shard,
             )
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waiting[shard] -= 1
+        self._most_waiting[shard] = max(count, self._most_waiting.get(shard, 0))
 
     def take_waited(self, shard: str) -> int:
-        """Return how many have waited for a held shard since the last call."""
-        with self._lock:
-            return self._waited.pop(shard, 0)
+        """Return how many have waited at once for a held shard, at most, since the last call."""
+        return self._most_waiting.pop(shard, 0)
 
     def changed(self, old: ShardHealth, new: ShardHealth) -> None:
         """Wake who waits for what has become of a shard. From the monitor's thread."""
-        if old.hold is not None and (new.hold is None or new.hold.operation != old.hold.operation):
-            self._wake(self._for_release, new.name)
+        was, now = (shard.hold.operation if shard.hold else None for shard in (old, new))
+        if was != now:
+            self._wake(News.RELEASED if was is not None else News.HELD, new.name)
         if new.primary is not None and old.primary != new.primary:
-            self._wake(self._for_primary, new.name)
+            self._wake(News.PRIMARY, new.name)
 
-    def _wake(self, waiting: dict[str, set[Future[None]]], shard: str) -> None:
-        with self._lock:
-            self._woken.extend(waiting.pop(shard, ()))
+    def wake(self) -> None:
+        """Wake some of those that may go on.
+
+        Also called now and then: who should have woken them may be gone, with its event loop.
+        """
         for _ in range(RAMP):
             self._wake_one()
+
+    def _wake(self, kind: News, shard: str) -> None:
+        # what joins the set after this has not looked yet, and sees what there is
+        self._woken.extend(tuple(self._waiting.pop((kind, shard), ())))
+        self.wake()
 
     def _wake_one(self) -> None:
         while self._woken:
@@ -240,23 +278,22 @@ class Writes:
 
     def _wait(
         self,
-        waiting: dict[str, set[Future[None]]],
-        shard: str,
+        wanted: list[tuple[News, str]],
         is_over: Callable[[], bool],
         engines: Engines,
         until: float,
     ) -> None:
-        """Wait for news of a shard; those that come between a look and this are not missed."""
+        """Wait for news; those that come between a look and this are not missed."""
         news: Future[None] = Future()
-        with self._lock:
-            waiting.setdefault(shard, set()).add(news)
+        for kind in wanted:
+            self._waiting[kind].add(news)
         try:
             timeout = until - time.monotonic()
             if timeout > 0 and not is_over():
                 _sleep_until(news, engines, timeout)
         finally:
-            with self._lock:
-                waiting.get(shard, set()).discard(news)
+            for kind in wanted:
+                self._waiting[kind].discard(news)
             if news.cancel() is False:  # it was woken, and wakes the next one: see RAMP
                 self._wake_one()
 
@@ -268,19 +305,20 @@ def has_ended(connection: Connection) -> bool:
     """
     from psycopg import OperationalError
 
-    driver: Any = connection.connection.driver_connection
+    pgconn = connection.connection.driver_connection.pgconn  # type: ignore[union-attr]
     try:
-        driver.pgconn.consume_input()
+        pgconn.consume_input()  # reads the server's last words...
+        pgconn.consume_input()  # ...and then the end
     except OperationalError:
         return True
     return False
 
 
-class _Sets(dict[str, set[int]]):
+class _Sets(dict[K, set[V]]):
     """Sets that are made where one is asked for; ``setdefault`` makes one set, whoever is first."""
 
-    def __missing__(self, shard: str) -> set[int]:
-        return self.setdefault(shard, set())
+    def __missing__(self, key: K) -> set[V]:
+        return self.setdefault(key, set())
 
 
 def _sleep_until(news: Future[None], engines: Engines, timeout: float) -> None:

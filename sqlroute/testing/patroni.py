@@ -87,6 +87,7 @@ class PatroniCluster:
         count: of nodes, named ``pg0``, ``pg1``...
         durable: the data survives a crash of the machine; off, fsync costs nothing.
         auth: the REST API's user and password, for what changes something.
+        tags: of nodes, by name.
         pg_bin: PostgreSQL's bin directory; None finds one.
     """
 
@@ -96,6 +97,7 @@ class PatroniCluster:
     times: Times = DEFAULT_TIMES
     durable: bool = False
     auth: tuple[str, str] | None = None
+    tags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     pg_bin: Path | None = None
     scope: str = "shop"
     database: str = "shop"
@@ -332,6 +334,7 @@ class PatroniCluster:
                 "connect_address": f"{HOST}:{node.api_port}",
                 **auth,
             },
+            "tags": dict(self.tags.get(node.name, {})),
             "etcd3": {"host": f"{HOST}:{self.port}"},
             "bootstrap": {
                 "dcs": {
@@ -370,6 +373,19 @@ class PatroniCluster:
             admin.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(user, self.password))
             admin.execute(sql.SQL("GRANT pg_monitor TO {}").format(user))
             admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(database, user))
+        if not became_true(self._can_log_in, timeout=_PATIENCE, every=0.05):
+            raise LocalTopologyError(f"not every node has replayed that {self.user} was made")
+
+    def _can_log_in(self) -> bool:
+        """Say if the application's user gets in everywhere: replicas replay its making."""
+        import psycopg
+
+        try:
+            for node in self.nodes:
+                psycopg.connect(**self.conninfo(node.name)).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def _last_words(self) -> str:
         words = []

@@ -834,6 +834,7 @@ def test_describe_gives_json() -> None:
                                 "pooler": "",
                             }
                         ],
+                        "patroni": None,
                     }
                 ],
             }

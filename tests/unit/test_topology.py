@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from sqlroute.errors import UnknownName, UnownedBucket
-from sqlroute.topology import Keyspace, Node, Secret, Shard, ShardMap, Topology
+from sqlroute.topology import (
+    Announced,
+    Keyspace,
+    Node,
+    Place,
+    Secret,
+    Shard,
+    ShardMap,
+    Topology,
+)
 
 SHOP = Keyspace("shop", (Shard("s0", (Node("a"), Node("b"))), Shard("s1", (Node("c"),))), buckets=8)
 LOGS = Keyspace("logs", (Shard("l0", (Node("d"),)),))
@@ -140,3 +149,78 @@ class TestShardMap:
     def test_equal_maps_are_equal(self) -> None:
         assert ShardMap.even(SHOP) == self.even
         assert self.even.moved(0, "s0") != self.even
+
+
+class TestPlaces:
+    """Servers that no file names."""
+
+    LOGIN = Node(
+        "s0-a",
+        "db-a",
+        5433,
+        "shop",
+        "app",
+        Secret("pw"),
+        zone="a",
+        weight=2,
+        options=(("hostaddr", "10.0.0.1"), ("sslmode", "verify-full")),
+        pooler="transaction",
+    )
+    SHARD = Shard("s0", (LOGIN, Node("s0-b", "db-b")))
+
+    def test_they_are_connected_as_the_first_of_the_file(self) -> None:
+        """All that is of one server alone is their own."""
+        assert self.LOGIN.placed(Place("s0-c", "db-c", 5434, "c", 0.5)) == Node(
+            "s0-c",
+            "db-c",
+            5434,
+            "shop",
+            "app",
+            Secret("pw"),
+            zone="c",
+            weight=0.5,
+            options=(("sslmode", "verify-full"),),
+        )
+
+    def test_a_port_of_theirs_is_before_that_of_a_service_file(self) -> None:
+        """Also the port that is the usual one."""
+        login = Node("s0-a", options=(("service", "shop"),))
+        assert "port" not in login.conninfo()
+        assert login.placed(Place("s0-c", "db-c")).conninfo() == {
+            "service": "shop",
+            "host": "db-c",
+            "port": "5432",
+        }
+
+    def test_what_the_file_names_keeps_its_name(self) -> None:
+        """Where another source tells the same server."""
+        members = (Place("s0-pg0", "db-a", 5433), Place("s0-pg1", "db-c"))
+        found = self.SHARD.consisting_of(members)
+        assert found.nodes == (self.LOGIN, self.LOGIN.placed(members[1]))
+
+    def test_added_and_removed(self) -> None:
+        """By the name, or by the address; an address that is there already is no new node."""
+        added = (Place("s0-c", "db-c"), Place("again", "db-a", 5433), Place("s0-b", "elsewhere"))
+        found = self.SHARD.announced(Announced(1, added))
+        assert [node.name for node in found.nodes] == ["s0-a", "s0-b", "s0-c"]
+        found = self.SHARD.announced(Announced(2, added, (Place("x", "db-b"), Place("s0-a", ""))))
+        assert [node.name for node in found.nodes] == ["s0-c", "again", "s0-b"]
+
+    def test_the_last_node_stays(self) -> None:
+        everything = (Place("s0-a", ""), Place("s0-b", ""))
+        assert self.SHARD.announced(Announced(1, (), everything)).nodes == (self.LOGIN,)
+
+    def test_names_stay_unique_over_all_shards(self) -> None:
+        """A member goes by its address where its name is taken; what is announced does not come."""
+        topology = Topology((Keyspace("shop", (self.SHARD, Shard("s1", (Node("s1-x", "db-x"),)))),))
+        found = topology.consisting_of({"s1": (Place("s0-a", "db-y", 5435),)})
+        assert [n.name for n in found.nodes()] == ["s0-a", "s0-b", "s1-db-y:5435"]
+        place = (Place("new", "db-n"),)
+        found = topology.announced({"s0": Announced(1, place), "s1": Announced(1, place)})
+        assert found.shard_of_node["new"] == "s0"
+        assert [n.name for n in found.nodes()] == ["s0-a", "s0-b", "new", "s1-x"]
+
+    def test_without_news_nothing_is_made(self) -> None:
+        topology = Topology((Keyspace("shop", (self.SHARD,)),))
+        assert topology.announced({"s0": Announced(7)}) is topology
+        assert topology.consisting_of({}) is topology
