@@ -33,7 +33,7 @@ def promote(
     to: To = "",
     fence: FenceLevel = "",
     max_drain: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that transactions under way may go on.")
+        float, typer.Option(min=0.0, max=40.0, help="Seconds that transactions may go on.")
     ] = 5.0,
     max_lag_bytes: Annotated[int, typer.Option(min=0, help="Of the node to promote.")] = 16 << 20,
     timeout: Timeout = 30.0,

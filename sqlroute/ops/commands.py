@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from sqlroute.config import Settings
@@ -22,7 +23,8 @@ from sqlroute.ops.promotion import Report, Told, tell_nobody
 from sqlroute.ops.records import Operation
 from sqlroute.ops.server import wait_for
 from sqlroute.ops.shard import Look, ShardServers
-from sqlroute.topology import Place
+from sqlroute.ops.steps import Change
+from sqlroute.topology import Place, RestApi, Topology
 
 INTERRUPTED = "failover-"
 """Begins the id of a failover that was interrupted before any node could write it down."""
@@ -37,7 +39,26 @@ def open_shard(settings: Settings, shard: str) -> ShardServers:
     known = settings.topology.keyspace_of_shard
     if shard not in known:
         raise OperationRefused(f"unknown shard {shard!r}; known: {', '.join(known)}")
+    api = settings.topology.shard(shard).patroni
+    if api is not None:
+        settings = replace(settings, topology=_members(settings.topology, shard, api))
     return ShardServers(settings, shard)
+
+
+def _members(topology: Topology, shard: str, api: RestApi) -> Topology:
+    """Return the topology with the members of a shard that Patroni tells of now.
+
+    Raises:
+        OperationRefused: it tells of none, and the configuration names none.
+    """
+    from sqlroute.ext.patroni import ask_members
+
+    try:
+        return topology.consisting_of({shard: ask_members(shard, api)})
+    except OSError as error:
+        if topology.shard(shard).nodes:
+            return topology
+        raise OperationRefused(f"nobody tells of the nodes of shard {shard}: {error}") from error
 
 
 def shard_of(settings: Settings, node: str) -> str:
@@ -71,7 +92,7 @@ def no_question(plan: Plan) -> None:
 def plan_promotion(settings: Settings, shard: str, wishes: Wishes) -> Plan:
     """Plan a switchover and change nothing. Raises: OperationRefused."""
     with open_shard(settings, shard) as servers:
-        return planning.plan_switchover(servers, servers.look(), wishes)
+        return _plan(settings, servers, servers.look(), wishes)
 
 
 def promote(
@@ -89,10 +110,24 @@ def promote(
         OperationFailed: it failed; its text says what has become of it.
     """
     with _working_on(settings, shard) as (servers, look):
-        plan = planning.plan_switchover(servers, look, wishes)
+        plan = _plan(settings, servers, look, wishes)
         if not plan.refusals:
             agree(plan)
-        return planned.switchover(servers, plan, told)
+        api = settings.topology.shard(shard).patroni
+        if api is None:
+            return planned.switchover(servers, plan, told)
+        from sqlroute.ext import patroni, patroni_switchover
+
+        return patroni_switchover.switchover(servers, plan, patroni.Patroni(api), told)
+
+
+def _plan(settings: Settings, servers: ShardServers, look: Look, wishes: Wishes) -> Plan:
+    api = settings.topology.shard(servers.name).patroni
+    if api is None:
+        return planning.plan_switchover(servers, look, wishes)
+    from sqlroute.ext import patroni, patroni_switchover
+
+    return patroni_switchover.plan_switchover(servers, look, wishes, patroni.Patroni(api))
 
 
 def plan_failover(settings: Settings, shard: str, wishes: Wishes) -> Plan:
@@ -227,8 +262,8 @@ def unfence(
         OperationFailed, DriverError: it could not be done.
     """
     shard = shard_of(settings, node)
-    with open_shard(settings, shard) as servers:
-        look = servers.look()
+    with _working_on(settings, shard) as (servers, look):  # not beside a promotion: it would undo
+        _must_have(servers, look, node)
         facts = look.facts[node]
         others = [name for name in look.primaries if name != node]
         if facts.is_primary and others and not force:
@@ -345,7 +380,7 @@ def resume(settings: Settings, operation: str, told: Told = tell_nobody) -> Repo
         _must_run(known)
         if known.kind == replicas.ADD:
             return _add_again(servers, look, known)
-        change, level, wishes = planning.read(known.plan)
+        change, level, wishes = _read(look, known)
         standing = planning.standing(change, look, is_recorded=True)
         if known.kind == "failover":
             late = unplanned.Failover(servers, change, level, wishes, told)
@@ -353,10 +388,11 @@ def resume(settings: Settings, operation: str, told: Told = tell_nobody) -> Repo
             late.records.take_over(servers.servers[_witness(look)])
             late.run(steps.failover(change, standing))
             return late.report()
-        run = planned.Switchover(servers, change, level, wishes, told)
-        run.records.take_over(servers.servers[_witness(look)])
+        run = _switchover(settings, servers, look, known, told)
+        if run.change.kind != "switchover":
+            return run.finish(steps.delegated(change, standing))
         run.fence_held = _fence_of(look, change.former)
-        return planned.finish(run, steps.switchover(change, standing))
+        return run.finish(steps.switchover(change, standing))
 
 
 def abort(settings: Settings, operation: str, told: Told = tell_nobody) -> Report | dict[str, Any]:
@@ -373,18 +409,17 @@ def abort(settings: Settings, operation: str, told: Told = tell_nobody) -> Repor
         if known.kind == replicas.ADD:
             addition = replicas.read_addition(dict(known.plan))
             primary = primary_of(servers, look)
-            return {"aborted": replicas.give_up(servers, primary, addition, operation)}
-        change, level, wishes = planning.read(known.plan)
+            return {"aborted": replicas.give_up(servers, primary, addition, operation, 30.0)}
+        change, _, _ = _read(look, known)
         if known.kind == "failover":
             raise OperationFailed(
                 f"the failover {operation} has promoted {change.candidate}: it can only be "
                 f"finished; run `sqlroute op resume {operation}`",
                 operation=operation,
             )
-        run = planned.Switchover(servers, change, level, wishes, told)
-        run.records.take_over(servers.servers[_witness(look)])
+        run = _switchover(settings, servers, look, known, told)
         run.fence_held = _fence_of(look, change.former)
-        return planned.take_back(run)
+        return run.give_up()
 
 
 # inside
@@ -439,7 +474,9 @@ def _operations(servers: ShardServers, look: Look) -> list[Operation]:
 
 
 def _interrupted(servers: ShardServers, look: Look) -> list[dict[str, Any]]:
-    if not unplanned.is_interrupted(look):
+    """Return the failover that nobody could write down; one that was is among the operations."""
+    known = _operations(servers, look)
+    if not unplanned.is_interrupted(look) or any(_has_promoted(look, o) for o in known):
         return []
     return [
         {
@@ -452,6 +489,52 @@ def _interrupted(servers: ShardServers, look: Look) -> list[dict[str, Any]]:
             "finished": None,
         }
     ]
+
+
+def _switchover(
+    settings: Settings, servers: ShardServers, look: Look, known: Operation, told: Told
+) -> planned.Switchover:
+    """Return the run that goes on with an operation that was written down."""
+    change, level, wishes = _read(look, known)
+    api = settings.topology.shard(servers.name).patroni
+    if change.kind == "switchover":
+        run = planned.Switchover(servers, change, level, wishes, told)
+    elif api is None:
+        raise OperationRefused(
+            f"operation {known.id} is a {change.kind}, and the configuration names no REST API of "
+            f"Patroni for shard {servers.name}"
+        )
+    else:
+        from sqlroute.ext import patroni, patroni_switchover
+
+        run = patroni_switchover.PatroniSwitchover(servers, change, level, wishes, told)
+        run.patroni = patroni.Patroni(api)
+    run.records.take_over(servers.servers[_witness(look)])
+    return run
+
+
+def _has_promoted(look: Look, known: Operation) -> bool:
+    """Say if an operation goes on, and its candidate is the primary: it is the one to finish."""
+    if not known.is_running or "change" not in known.plan:
+        return False
+    return known.plan["change"]["candidate"] in look.primaries
+
+
+def _read(look: Look, known: Operation) -> tuple[Change, Level, Wishes]:
+    """Return what an operation is to do with the nodes that there are.
+
+    Raises:
+        OperationRefused: a node that it is about was taken away.
+    """
+    change, level, wishes = planning.read(known.plan)
+    for name in (change.former, change.candidate):
+        if name and name not in look.facts:
+            raise OperationRefused(
+                f"operation {known.id} is about {name}, which is no node of shard {change.shard} "
+                "any more; put it back into the configuration"
+            )
+    there = tuple(name for name in change.siblings if name in look.facts)
+    return replace(change, siblings=there), level, wishes
 
 
 def _add_again(servers: ShardServers, look: Look, known: Operation) -> dict[str, Any]:

@@ -31,6 +31,14 @@ from sqlroute.routing.token import format_lsn
 PROBES = 3
 """How often a primary that does not answer is asked before it is taken for gone."""
 
+QUIET = 0.1
+"""Seconds without progress after which a recovery that waits for log has replayed all it can."""
+
+BUSY = 1.0
+"""The same of a recovery that waits for nothing: it reads the half of a record again and again."""
+
+_AWAITS_LOG = ("RecoveryWalStream", "RecoveryRetrieveRetryInterval")
+
 BETWEEN_PROBES = 0.02
 """Seconds between two of them."""
 
@@ -76,9 +84,6 @@ def proof(look: Look, former: str, *, is_seen_down: bool, can_kill: bool) -> Pro
         return Proof(tuple(texts))
     if receiving:
         names = ", ".join(f"{f.name} ({_age(f)})" for f in receiving)
-        if can_kill:
-            texts.append(f"{names} may still receive from {former}: its driver will kill it")
-            return Proof(tuple(texts), needs_kill=True)
         against.append(
             f"{names} may still receive from {former}; a driver that can kill it would be proof, "
             "see [drivers]"
@@ -90,7 +95,10 @@ def proof(look: Look, former: str, *, is_seen_down: bool, can_kill: bool) -> Pro
         for facts in silent
         if not facts.is_refused
     ]
-    return Proof(tuple(texts), tuple(against), needs_kill=can_kill and bool(former))
+    if former and can_kill:
+        texts.append(f"the driver of {former} kills whatever may be left of it")
+        return Proof(tuple(texts), needs_kill=True)
+    return Proof(tuple(texts), tuple(against))
 
 
 def _receives(facts: NodeFacts, former: str) -> bool:
@@ -134,12 +142,14 @@ def plan_failover(shard: ShardServers, look: Look, wishes: Wishes) -> Plan:
     Raises:
         OperationRefused: the primary lives, or there is nobody to promote.
     """
-    if _is_unannounced(look):
+    if is_unannounced(look):
         return _plan_of_rest(shard, look, wishes)
     if look.primaries:
+        undone = f"`sqlroute op abort failover-{shard.name}` lets its replicas receive again; "
         raise OperationRefused(
             f"{', '.join(look.primaries)} is the primary of shard {shard.name} and answers: "
-            f"`sqlroute promote {shard.name}` loses nothing; stop it first if it must go"
+            f"{undone if is_interrupted(look) else ''}`sqlroute promote {shard.name}` loses "
+            "nothing; stop it first if it must go"
         )
     former = former_of(look, shard.nodes)
     replicas = [name for name, facts in look.facts.items() if facts.is_replica]
@@ -209,7 +219,8 @@ class Failover(Promotion):
         self._paused_at = time.monotonic()
         former = self.change.former
         found = _proof_of(self.shard, self.look, former, probes=1)
-        if not found.holds and not self.wishes.force:
+        is_back = bool(self.look.primaries)  # not even --force means that
+        if not found.holds and (is_back or not self.wishes.force):
             raise OperationRefused(found.against)
         if found.needs_kill:
             driver = self.shard.driver(former, Ability.KILL)
@@ -276,18 +287,35 @@ class Failover(Promotion):
         return {"fence": self.fence_held.name, **detail}
 
     def catch_up(self) -> dict[str, Any]:
-        """Wait until the candidate has replayed all that it has received."""
+        """Wait until the candidate has replayed all that it has received.
+
+        What it has received may end within a record, which nobody can replay: the primary was lost
+        while it sent a long one. Then recovery has got no further for a while. To go on too early
+        would lose nothing: a promotion itself first replays all that is there.
+        """
         server = self._candidate
-        last = server.received()
-        if not wait_for(
-            lambda: server.position() >= last, timeout=self.wishes.timeout, pause=0.001
-        ):
+        last, position, since = server.received(), 0, time.monotonic()
+
+        def has_all() -> bool:
+            nonlocal position, since
+            found = server.position()
+            if found > position:
+                position, since = found, time.monotonic()
+            if position >= last:
+                return True
+            quiet = time.monotonic() - since
+            if quiet < QUIET:
+                return False
+            event = server.recovery_event()
+            return event in _AWAITS_LOG or (quiet >= BUSY and not event)
+
+        if not wait_for(has_all, timeout=self.wishes.timeout, pause=0.001):
             raise OperationFailed(
-                f"{server.name} has not replayed {format_lsn(last)}, which it has received, after "
-                f"{self.wishes.timeout:g} s; is its replay paused?"
+                f"{server.name} has replayed {format_lsn(position)} after {self.wishes.timeout:g} "
+                f"s, and not {format_lsn(last)}, which it has received; is its replay paused?"
             )
-        self._last_position = last
-        return {"last_position": format_lsn(last)}
+        self._last_position = position
+        return {"last_position": format_lsn(position), "half_record_bytes": max(last - position, 0)}
 
     def repoint(self) -> dict[str, Any]:
         """Let the siblings follow the new primary; who does not is told of by the verification."""
@@ -303,17 +331,18 @@ class Failover(Promotion):
 
         if slots:
             self.shard.each(follow, slots)
-        return {"repointed": list(slots), "quarantine": self._quarantine()}
+        return {"repointed": list(slots)}
 
     def close(self) -> dict[str, Any]:
-        """Write the end down; the old primary waits for its rejoin."""
+        """Write the end down; the old primary waits for its rejoin, as a standby if it starts."""
+        quarantine = self._quarantine()
         if self.fence_held is Level.NONE and self.change.former:
             former = self.change.former
             self.waiting[former] = (
                 f"is NOT fenced: routers refuse it by its epoch, nothing stops other clients; run "
-                f"`sqlroute fence {former} --wait`, then `sqlroute rejoin {former}`"
+                f"`sqlroute fence {former} --wait 60`, then `sqlroute rejoin {former}`"
             )
-        return super().close()
+        return {**super().close(), "quarantine": quarantine}
 
     # inside
 
@@ -359,12 +388,21 @@ class Failover(Promotion):
         driver = self.shard.driver(former, Ability.CONFIGURE, Ability.KILL) if former else None
         if driver is None:
             return "none: it has no driver that could"
+        if self._is_standby(former):
+            return "none: it is a replica again"
         try:
             driver.kill(self.wishes.timeout)  # whoever has started it again in the meantime
             driver.make_standby(rejoining.conninfo(self.shard, former, self.change.candidate), None)
         except DriverError as error:
             return f"none: {error}"
+        self.fence_held = max(self.fence_held, Level.L4)
         return "it can only start as a standby"
+
+    def _is_standby(self, name: str) -> bool:
+        try:
+            return self.shard.servers[name].is_standby()
+        except OperationFailed:
+            return False
 
     def _fence_in_sql(self) -> Level:
         facts = self.shard.look().facts[self.change.former]
@@ -385,25 +423,35 @@ class Failover(Promotion):
 
 
 def is_interrupted(look: Look) -> bool:
-    """Say if replicas were stopped from receiving by a failover that has not ended."""
-    return not look.primaries and any(
+    """Say if a failover has not ended: replicas are stopped, or a promotion is not announced."""
+    return is_unannounced(look) or any(
         facts.is_replica and _was_stopped(facts) for facts in look.facts.values()
     )
 
 
 def undo(shard: ShardServers) -> list[str]:
-    """Let replicas that a failover has stopped receive from where they did; return their names.
+    """Let replicas that a failover has stopped receive again, as they did; return their names.
+
+    Where another node has become the primary since, they follow that.
 
     Raises:
-        OperationFailed: one does not answer.
+        OperationFailed: one does not answer, or the failover has promoted a replica already.
     """
+    look = shard.look()
+    if is_unannounced(look):
+        raise OperationFailed(
+            f"{look.primaries[0]} is promoted already: the failover can only be finished; run "
+            f"`sqlroute op resume failover-{shard.name}`"
+        )
+    primary = look.primaries[0] if len(look.primaries) == 1 else ""
     found = []
     for name, server in shard.servers.items():
         if not fencing.is_up(server) or not server.is_standby():
             continue
         was = server.stopped_from()
         if was is not None:
-            server.follow(*was, server.setting("primary_slot_name") or None)
+            source = shard.address(primary) if primary else was
+            server.follow(*source, server.setting("primary_slot_name") or None)
             found.append(name)
     return found
 
@@ -412,9 +460,9 @@ def _was_stopped(facts: NodeFacts) -> bool:
     return stopped_from(conninfo_to_dict(facts.setting("primary_conninfo"))) is not None
 
 
-def _is_unannounced(look: Look) -> bool:
+def is_unannounced(look: Look) -> bool:
     """Say if the one primary is on a newer timeline than the catalog knows: not yet announced."""
-    if len(look.primaries) != 1:
+    if len(look.primaries) != 1 or look.facts[look.primaries[0]].managed_by:
         return False
     (name,) = look.primaries
     row = look.rows.get(name)

@@ -114,7 +114,7 @@ def plan_switchover(shard: ShardServers, look: Look, wishes: Wishes) -> Plan:
     Raises:
         OperationRefused: there is no primary, or no other node that could be one.
     """
-    former = _primary(shard, look)
+    former = primary_for_switchover(shard, look)
     if wishes.to == former:
         raise OperationRefused(f"{former} is the primary of shard {shard.name} already")
     if wishes.to:
@@ -188,7 +188,12 @@ def _monitors(facts: NodeFacts) -> Iterable[str]:
     return facts.told.get("monitors") or () if facts.answers else ()
 
 
-def _primary(shard: ShardServers, look: Look) -> str:
+def primary_for_switchover(shard: ShardServers, look: Look) -> str:
+    """Return the one primary of a shard.
+
+    Raises:
+        OperationRefused: there is none, or more than one.
+    """
     if len(look.primaries) > 1:
         raise OperationRefused(
             f"shard {shard.name} has {len(look.primaries)} nodes that are primaries "
@@ -209,7 +214,7 @@ def _switchover_to(
 ) -> Plan:
     old = look.facts[former]
     level = preflight.strongest(old, wishes.level)
-    rejoins = wishes.rejoins and "start" in old.abilities
+    rejoins = wishes.rejoins and old.can_rejoin
     others = [name for name, f in look.facts.items() if f.is_replica and name != candidate]
     siblings = tuple(name for name in others if _source(look, name) == former)
     change = Change(
@@ -231,8 +236,7 @@ def _switchover_to(
         level=wishes.level,
         rejoins=wishes.rejoins,
     )
-    checks += _of_catalog(look, former)
-    checks += _of_operations(shard, former, look)
+    checks += catalog_checks(shard, look, former)
     checks += _of_siblings(look, others, siblings)
     return Plan(change, level, wishes, tuple(checks), ())
 
@@ -261,6 +265,11 @@ def _of_siblings(look: Look, others: Iterable[str], siblings: Iterable[str]) -> 
     moved = ", ".join(siblings)
     text = f"{moved} will follow the new primary" if moved else "none has to be repointed"
     return [*checks, Check("siblings", Outcome.OK, "; ".join((text, *cascading)))]
+
+
+def catalog_checks(shard: ShardServers, look: Look, former: str) -> list[Check]:
+    """Return the checks of what is written down: can it be, and is nothing unfinished."""
+    return [*_of_catalog(look, former), *_of_operations(shard, former, look)]
 
 
 def _of_catalog(look: Look, former: str) -> list[Check]:

@@ -23,6 +23,17 @@ MUST_NOT_SHRINK = (
     "max_locks_per_transaction",
     "max_replication_slots",
 )
+RIGHTS_OF_L3 = {
+    "l3": "GRANT ALTER SYSTEM ON PARAMETER session_preload_libraries",
+    "passes": "GRANT SET ON PARAMETER session_preload_libraries",
+    "signal": "GRANT pg_signal_backend",
+    "stats": "GRANT pg_monitor",
+    "settings": "GRANT pg_monitor",
+    "files": "GRANT SELECT ON pg_file_settings and EXECUTE ON FUNCTION pg_show_all_file_settings()",
+}
+"""Rights without which L3 cannot be put up, cannot be seen to hold, or cannot be passed by the
+operator himself, who would lock himself out; and how a role that is no superuser gets them."""
+
 LONG_TRANSACTION = 5.0
 """Seconds from which a transaction is named: it may be ended by the drain."""
 
@@ -104,6 +115,11 @@ class NodeFacts:
     def version(self) -> int:
         return int(self.told["version"]) // 10000
 
+    @property
+    def can_rejoin(self) -> bool:
+        """Its driver can make it a replica of another node."""
+        return self.abilities.issuperset(("stop", "configure", "start"))
+
     def setting(self, name: str) -> str:
         return str(self.told["settings"].get(name) or "")
 
@@ -113,23 +129,30 @@ class NodeFacts:
 
     @property
     def fence(self) -> Level:
-        """The strongest fence that is set on it in SQL."""
-        if epoch_of(self.setting("session_preload_libraries")) is not None:
-            return Level.L3
-        if is_synchronous_fence(self.setting("synchronous_standby_names")):
-            return Level.L2
-        return Level.L1 if self.setting("default_transaction_read_only") == "on" else Level.NONE
+        """The strongest fence that is set on it in SQL.
+
+        By its files, too: whoever was killed before they were read has left one for the next
+        reload.
+        """
+        return max(_fence_in(self.told["settings"]), _fence_in(self.told.get("files") or {}))
+
+
+def _fence_in(settings: Mapping[str, Any]) -> Level:
+    if epoch_of(settings.get("session_preload_libraries") or "") is not None:
+        return Level.L3
+    if is_synchronous_fence(settings.get("synchronous_standby_names") or ""):
+        return Level.L2
+    return Level.L1 if settings.get("default_transaction_read_only") == "on" else Level.NONE
 
 
 def possible_levels(facts: NodeFacts) -> list[Level]:
     """Return the fences that can be put on a node, the weakest first."""
     found = []
-    if facts.answers and facts.may("reload"):
-        if facts.may("l1"):
-            found.append(Level.L1)
-        if facts.may("l1") and facts.may("l2"):
+    if facts.answers and facts.may("reload") and facts.may("l1") and facts.may("signal"):
+        found.append(Level.L1)
+        if facts.may("l2"):
             found.append(Level.L2)
-        if facts.may("l3") and facts.may("signal"):
+        if all(facts.may(right) for right in RIGHTS_OF_L3):
             found.append(Level.L3)
     if "stop" in facts.abilities:
         found.append(Level.L4)
@@ -347,15 +370,14 @@ def _of_rights(old: NodeFacts, new: NodeFacts, level: Level | None) -> Iterator[
         what = "no fence" if level is None else f"fence {level.name} not"
         yield _refused(
             "fence",
-            f"{what} possible on {old.name} (possible: {found}): the operator's role may neither "
-            "ALTER SYSTEM nor end sessions, and there is no driver; name a superuser in "
-            "[operator], or a driver in [drivers]",
+            f"{what} possible on {old.name} (possible: {found}): name a superuser in [operator], a "
+            f"driver in [drivers], or give the operator's role what L3 needs: {_missing(old)}",
         )
     elif chosen < Level.L3:
         yield _warning(
             "fence",
             f"{chosen.name} on {old.name} (possible: {found}): a client can pass it and lose what "
-            "it writes",
+            f"it writes; L3 needs: {_missing(old)}",
         )
     else:
         yield _ok("fence", f"{chosen.name} on {old.name} (possible: {found})")
@@ -367,10 +389,19 @@ def _of_rights(old: NodeFacts, new: NodeFacts, level: Level | None) -> Iterator[
         )
     if new.answers and not new.may("repoint"):
         yield _warning("rights", "the operator's role may not repoint replicas")
-    if not old.may("stats"):
-        yield _warning(
-            "rights", "the operator's role does not see other sessions; GRANT pg_monitor TO it"
-        )
+    for facts in (old, new):
+        if facts.answers and not (facts.may("stats") and facts.may("settings")):
+            yield _refused(
+                "rights",
+                f"the operator's role sees neither the sessions nor the settings of {facts.name}; "
+                "GRANT pg_monitor TO it",
+            )
+
+
+def _missing(facts: NodeFacts) -> str:
+    needed = {"reload": "GRANT EXECUTE ON FUNCTION pg_reload_conf()", **RIGHTS_OF_L3}
+    found = (how for right, how in needed.items() if not facts.may(right))
+    return "; ".join(dict.fromkeys(found)) or "nothing more"
 
 
 def _of_rejoining(old: NodeFacts, new: NodeFacts, rejoins: bool) -> Iterator[Check]:
@@ -385,11 +416,11 @@ def _of_rejoining(old: NodeFacts, new: NodeFacts, rejoins: bool) -> Iterator[Che
         yield _warning("pg_rewind", f"full_page_writes is off on {new.name}: pg_rewind refuses it")
     if not rejoins:
         return
-    if "start" not in old.abilities:
+    if not old.can_rejoin:
         yield _warning(
             "rejoin",
-            f"no driver can start {old.name}: it stays fenced until `sqlroute rejoin {old.name}` "
-            "can be run with one in [drivers]",
+            f"no driver can stop, configure and start {old.name}: it stays fenced until `sqlroute "
+            f"rejoin {old.name}` can be run with one in [drivers]",
         )
     else:
         yield _ok("rejoin", f"{old.name} comes back by its driver")

@@ -304,7 +304,7 @@ class Promotion:
                 epoch=self.change.epoch,
                 timeout=max(self.wishes.timeout, 60.0),
             )
-        except (OperationFailed, DriverError) as error:
+        except (OperationRefused, OperationFailed, DriverError) as error:
             self.waiting[self.change.former] = (
                 f"did not come back ({error}); run `sqlroute rejoin {self.change.former}`"
             )

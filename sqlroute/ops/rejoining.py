@@ -66,7 +66,7 @@ def rejoin(
         )
     server.close()
     _bring_down(driver, timeout)
-    slot = slot_of(node) if uses_slots(shard, primary) else None
+    slot = slot_of(node) if uses_slots(shard, primary, node) else None
     if slot is not None:
         shard.servers[primary].create_slot(slot)
     source = conninfo(shard, node, primary)
@@ -215,11 +215,16 @@ def _fork_after(primary: Server, timeline: int) -> int | None:
     return parse_lsn(rows[0]["fork"]) if rows else None
 
 
-def uses_slots(shard: ShardServers, primary: str) -> bool:
-    """Say if replicas of the shard have slots on the primary."""
+def uses_slots(shard: ShardServers, primary: str, node: str) -> bool:
+    """Say if replicas of the shard have slots on the primary, or this one has.
+
+    Right after a promotion none is active: their receivers change to the new timeline.
+    """
     return bool(
         shard.servers[primary].rows(
-            "SELECT FROM pg_replication_slots WHERE slot_type = 'physical' AND active LIMIT 1"
+            "SELECT FROM pg_replication_slots WHERE slot_type = 'physical'"
+            " AND (active OR slot_name = %s) LIMIT 1",
+            (slot_of(node),),
         )
     )
 

@@ -97,7 +97,7 @@ def plan_addition(
         raise OperationRefused(f"{source} cannot be copied: it does not answer or is unknown")
     node = shard.nodes[primary].placed(place)
     found = source or _least_loaded(shard, look)
-    return Addition(place, found, rejoining.uses_slots(shard, primary)), node
+    return Addition(place, found, rejoining.uses_slots(shard, primary, place.name)), node
 
 
 def add(
@@ -149,19 +149,38 @@ def add(
     return {**report, "source": addition.source, "primary": primary}
 
 
-def give_up(shard: ShardServers, primary: str, addition: Addition, operation: str) -> list[str]:
-    """Take back what an addition has left on the primary; its data directory stays.
+def give_up(
+    shard: ShardServers, primary: str, addition: Addition, operation: str, timeout: float
+) -> list[str]:
+    """Take back what an addition has left: its announcement, its server, its slot.
+
+    Its data directory stays.
 
     Returns:
         What was done.
+
+    Raises:
+        DriverError: its server does not stop.
     """
-    server = shard.servers[primary]
-    slot = rejoining.slot_of(addition.place.name)
+    server, name = shard.servers[primary], addition.place.name
+    done = []
+    row = server.shard_row()
+    if row is not None and any(n == name and not gone for n, _, gone in row.announced):
+        server.transaction((nodes.REMOVE, (name, shard.name)))
+        done.append(f"{name} is announced no more")
+    if name not in shard.nodes:
+        shard.add(shard.nodes[primary].placed(addition.place))
+    driver = shard.driver(name, Ability.STOP)
+    if driver is not None and driver.is_running():
+        driver.stop(timeout)
+        done.append(f"{name} stopped")
+    slot = rejoining.slot_of(name)
+    wait_for(lambda: _is_free(server, slot), timeout=timeout, pause=0.05)
     server.drop_slots([slot])
     records = Records(operation)
     records.take_over(server)
-    records.end(server, "aborted", {"node": addition.place.name})
-    return [f"slot {slot} dropped"]
+    records.end(server, "aborted", {"node": name})
+    return [*done, f"slot {slot} dropped"]
 
 
 def remove(

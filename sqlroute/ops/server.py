@@ -42,6 +42,9 @@ _OPTIONS = (
     " -c statement_timeout=0 -c idle_in_transaction_session_timeout=0"
 )
 
+_PASSED = ("session_preload_libraries", "default_transaction_read_only")
+"""What :data:`fences.NO_FENCE` sets for the session itself."""
+
 T = TypeVar("T")
 
 _NOT_FOR_OPERATORS = (
@@ -117,13 +120,30 @@ SETTINGS = (
     "wal_receiver_timeout",
 )
 
-_OF_FENCES = ("session_preload_libraries", "default_transaction_read_only")
+_OF_FENCES = (
+    "session_preload_libraries",
+    "default_transaction_read_only",
+    "synchronous_standby_names",
+)
+
+_MAY_READ_FILES = """
+SELECT has_table_privilege('pg_file_settings', 'SELECT')
+       AND has_function_privilege('pg_show_all_file_settings()', 'EXECUTE')
+"""
+
+_FILES = """
+SELECT DISTINCT ON (name) name, setting FROM pg_file_settings WHERE name = ANY (%s)
+ ORDER BY name, seqno DESC
+"""
 
 _RIGHTS = """
 SELECT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
        has_parameter_privilege('default_transaction_read_only', 'ALTER SYSTEM') AS l1,
        has_parameter_privilege('synchronous_standby_names', 'ALTER SYSTEM') AS l2,
        has_parameter_privilege('session_preload_libraries', 'ALTER SYSTEM') AS l3,
+       has_parameter_privilege('session_preload_libraries', 'SET') AS passes,
+       has_table_privilege('pg_file_settings', 'SELECT')
+           AND has_function_privilege('pg_show_all_file_settings()', 'EXECUTE') AS files,
        has_parameter_privilege('primary_conninfo', 'ALTER SYSTEM') AS repoint,
        has_function_privilege('pg_reload_conf()', 'EXECUTE') AS reload,
        has_function_privilege('pg_promote(boolean, integer)', 'EXECUTE') AS promote,
@@ -148,6 +168,13 @@ SELECT name, epoch, node, timeline, state, operation, revision,
   FROM sqlroute.shard
 """
 
+_HAS_CATALOG = """
+SELECT coalesce(bool_or(c.relname = 'shard') AND bool_and(has_table_privilege(c.oid, 'SELECT')),
+                false)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = 'sqlroute' AND has_schema_privilege(n.oid, 'USAGE')
+   AND c.relname IN ('shard', 'node', 'journal', 'operation', 'operation_step')
+"""
 
 _DRAINING = """
 SELECT count(*) FILTER (WHERE datname = current_database() AND starts_with(application_name,
@@ -205,11 +232,16 @@ class Server:
     Args:
         node: with the operator's credentials.
         patience: seconds that connecting and each statement may take.
+
+    Attributes:
+        claim: a query that takes a lock for the session, and says if it did. A connection that was
+            lost has lost it, too: each new one begins with it.
     """
 
     def __init__(self, node: Node, *, patience: float = 5.0) -> None:
         self.node = node
         self.patience = patience
+        self.claim = ""
         self._connection: psycopg.Connection[Any] | None = None
         self._has_passed = False
 
@@ -245,7 +277,8 @@ class Server:
         try:
             limit = Limit.after(self.patience)
             cursor = limited(connection, limit, connection.execute, text, values or None)
-            return cursor.fetchall() if cursor.description else []
+            # an empty description: rows without columns, as of SELECT FROM
+            return [] if cursor.description is None else cursor.fetchall()
         except DeadlineExceeded as error:
             self.close()
             raise self._silent() from error
@@ -268,17 +301,15 @@ class Server:
 
     def facts(self) -> dict[str, Any]:
         """Return all that a preflight wants to know. Raises: as :meth:`rows`."""
-        told = self.row(_FACTS, (list(SETTINGS),))
+        told = {**self.row(_FACTS, (list(SETTINGS),)), "rights": self.row(_RIGHTS)}
+        told["files"] = self._in_files(*_OF_FENCES) if told["rights"]["files"] else {}
         if self._has_passed:
-            told["settings"].update({name: self.setting_of_all(name) for name in _OF_FENCES})
-        return {**told, "rights": self.row(_RIGHTS)}
+            told["settings"].update({name: self.setting_of_all(name) for name in _PASSED})
+        return told
 
     def shard_row(self) -> ShardRow | None:
-        """Return the shard's row, ``None`` without a catalog that has one."""
-        if not self.value(
-            "SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-            " WHERE n.nspname = 'sqlroute' AND c.relname = 'shard')"
-        ):
+        """Return the shard's row, ``None`` without a catalog that has one and may be read."""
+        if not self.value(_HAS_CATALOG):
             return None
         rows = self.rows(_SHARD)
         return ShardRow(**rows[0]) if rows else None
@@ -306,6 +337,17 @@ class Server:
             self.value("SELECT GREATEST(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())::text")
         )
 
+    def recovery_event(self) -> str:
+        """Return what the recovery of a standby waits for.
+
+        Empty where it works, or where the role may not see that.
+        """
+        rows = self.rows(
+            "SELECT coalesce(wait_event, '') AS event FROM pg_stat_activity"
+            " WHERE backend_type = 'startup'"
+        )
+        return str(rows[0]["event"]) if rows else ""
+
     def timeline(self) -> int:
         """Return a primary's timeline; a control file may show the old one for seconds."""
         return int(self.value("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)"), 16)
@@ -322,11 +364,23 @@ class Server:
         return str(self.value("SELECT current_setting(%s)", (name,)))
 
     def setting_of_all(self, name: str) -> str:
-        """Return a server-wide setting, where this session's own may be another: by the files."""
-        if not self._has_passed:
-            return self.setting(name)
+        """Return a server-wide setting, by the files where the role may read them.
+
+        What they say holds from the next reload on; this session's own may be another.
+        """
+        if self.value(_MAY_READ_FILES):
+            found = self._in_files(name)
+            if name in found or (self._has_passed and name in _PASSED):
+                return found.get(name, "")
+        return self.setting(name)
+
+    def configured(self, name: str) -> str:
+        """Return what the files say of a setting beside ``ALTER SYSTEM``, empty for nothing."""
+        if not self.value(_MAY_READ_FILES):
+            return ""
         rows = self.rows(
-            "SELECT setting FROM pg_file_settings WHERE name = %s ORDER BY seqno DESC LIMIT 1",
+            "SELECT setting FROM pg_file_settings WHERE name = %s"
+            " AND sourcefile !~ '/postgresql[.]auto[.]conf$' ORDER BY seqno DESC LIMIT 1",
             (name,),
         )
         return str(rows[0]["setting"]) if rows else ""
@@ -406,6 +460,14 @@ class Server:
                 "SELECT pg_create_physical_replication_slot(%s, true) WHERE NOT EXISTS"
                 " (SELECT FROM pg_replication_slots WHERE slot_name = %s)",
                 (name, name),
+            )
+        )
+
+    def has_slots(self, names: list[str]) -> bool:
+        return bool(
+            self.value(
+                "SELECT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = ANY (%s))",
+                (names,),
             )
         )
 
@@ -538,11 +600,16 @@ class Server:
         except psycopg.OperationalError as error:
             if fences.is_fence_error(str(error)):
                 return True
+            if _is_full(error):
+                return False
             raise Unreachable(self._said(error), refused=_is_refused(error)) from error
         connection.pgconn.finish()
         return False
 
     # inside
+
+    def _in_files(self, *names: str) -> dict[str, str]:
+        return {row["name"]: str(row["setting"]) for row in self.rows(_FILES, (list(names),))}
 
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is not None and not self._connection.closed:
@@ -556,11 +623,26 @@ class Server:
                     raise
                 # only now: with these options a session does not see its server's own settings
                 self._connection, self._has_passed = self._opened(fences.NO_FENCE), True
+            self._claimed(self._connection)
         except DeadlineExceeded as error:
             raise self._silent() from error
         except psycopg.OperationalError as error:
             raise Unreachable(self._said(error), refused=_is_refused(error)) from error
         return self._connection
+
+    def _claimed(self, connection: psycopg.Connection[Any]) -> None:
+        def is_claimed() -> bool:
+            limit = Limit.after(self.patience)
+            row = limited(connection, limit, connection.execute, self.claim.encode()).fetchone()
+            return bool(row and next(iter(row.values())))
+
+        # the session before, whose connection was lost, may take a moment to end
+        if self.claim and not wait_for(is_claimed, timeout=self.patience, pause=0.05):
+            self.close()
+            raise OperationFailed(
+                f"another command works on {self.name}, to which the connection was lost; nothing "
+                "more is done here, look at `sqlroute op list`"
+            )
 
     def _opened(self, *more: str) -> psycopg.Connection[Any]:
         values: dict[str, Any] = dict(self.node.conninfo())
@@ -649,6 +731,11 @@ def _addresses(host: str) -> set[str]:
 
 def _lsn(text: str | None) -> int:
     return parse_lsn(text) if text else 0
+
+
+def _is_full(error: BaseException) -> bool:
+    text = str(error)
+    return "too many clients" in text or "connection slots are reserved" in text
 
 
 def _is_refused(error: BaseException) -> bool:

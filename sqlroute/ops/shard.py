@@ -18,6 +18,7 @@ from sqlroute.catalog.nodes import place_of
 from sqlroute.config import Settings
 from sqlroute.errors import DriverError, OperationFailed, OperationRefused
 from sqlroute.operations import Operations
+from sqlroute.ops import managed
 from sqlroute.ops.drivers import Ability, Driver, driver_of, operator_node
 from sqlroute.ops.preflight import NodeFacts
 from sqlroute.ops.server import Server, ShardRow, Unreachable, is_at, stopped_from
@@ -29,6 +30,7 @@ PATIENCE = 2.0
 """Seconds that a server may take to answer a question."""
 
 _LOCK = "hashtextextended('sqlroute operation', 0)"
+_TAKE = f"SELECT pg_try_advisory_lock({_LOCK})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class ShardServers:
         self.nodes: dict[str, Node] = {}
         self.servers: dict[str, Server] = {}
         self.drivers: dict[str, Driver | None] = {}
+        self._managed: dict[str, str] = {}
         self._patience = patience
         self._configured = settings.topology.shard(shard).nodes
         for node in self._configured:
@@ -164,14 +167,15 @@ class ShardServers:
         """Keep other commands from the shard: a lock on each node that answers.
 
         On a standby an advisory lock excludes who else asks there, too. It goes with the
-        connection, so a command that was killed leaves none.
+        connection, so a command that was killed leaves none; a connection that is opened again, or
+        later, takes it first.
 
         Raises:
             OperationRefused: another command has one of them.
         """
         answering = [name for name, facts in look.facts.items() if facts.answers]
         for name in sorted(answering):
-            if not self.servers[name].value(f"SELECT pg_try_advisory_lock({_LOCK})"):
+            if not self.servers[name].value(_TAKE):
                 holder = self.servers[name].rows(
                     "SELECT pid, client_addr::text AS address FROM pg_locks JOIN pg_stat_activity"
                     " USING (pid) WHERE locktype = 'advisory' AND granted AND objsubid = 1"
@@ -182,12 +186,16 @@ class ShardServers:
                     f"another command works on shard {self.name}{who}; wait for its end, and look "
                     "at it with `sqlroute op list`"
                 )
+        for server in self.servers.values():
+            server.claim = _TAKE
         try:
             yield
         finally:
+            for server in self.servers.values():
+                server.claim = ""
             for name in answering:
                 with contextlib.suppress(OperationFailed):
-                    if self.servers[name].is_connected:
+                    if name in self.servers and self.servers[name].is_connected:
                         self.servers[name].rows(f"SELECT pg_advisory_unlock({_LOCK})")
 
     # inside
@@ -215,10 +223,16 @@ class ShardServers:
         except OperationFailed as error:
             return NodeFacts(name, error=str(error), abilities=abilities), None, 0
         return (
-            NodeFacts(name, told=told, abilities=abilities, managed_by=""),
+            NodeFacts(name, told=told, abilities=abilities, managed_by=self._managed_by(name)),
             row,
             epoch,
         )
+
+    def _managed_by(self, name: str) -> str:
+        """Return who else runs a server; asked once."""
+        if name not in self._managed:
+            self._managed[name] = managed.managed_by(self.servers[name].row(managed.QUERY))
+        return self._managed[name]
 
     def _adopt(self, rows: Iterable[ShardRow]) -> list[str]:
         """Add the nodes that the catalog announces, drop those that it has removed."""

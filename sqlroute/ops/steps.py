@@ -88,6 +88,8 @@ class Standing:
         held: the operation for which the routers hold write transactions; empty for none.
         is_recorded: the operation's row says that it runs.
         is_checkpointed: lately, so that a stop and a promotion have little to do.
+        is_sealed: it was seen that nobody passes the fence of the former primary. A setting alone
+            does not say that: a command may have been killed before it ended the old sessions.
         caught_up: the candidate has replayed the last position of the former primary.
         is_verified: every replica has replayed the journal's row.
         is_gone: a failover: it is proved that the former primary takes no writes, or forced.
@@ -99,6 +101,7 @@ class Standing:
     held: str = ""
     is_recorded: bool = False
     is_checkpointed: bool = False
+    is_sealed: bool = False
     caught_up: bool = False
     is_verified: bool = False
     is_gone: bool = False
@@ -125,7 +128,7 @@ class Change:
         siblings: the other replicas that are there; they follow the candidate from before the
             promotion.
         rejoins: the former primary comes back as a replica.
-        kind: ``switchover`` or ``failover``.
+        kind: ``switchover``, ``failover``, or the name of one that another engine does.
     """
 
     operation: str
@@ -178,6 +181,17 @@ def failover(change: Change, standing: Standing) -> Iterator[Step]:
     yield from _walk(change, standing, _unplanned)
 
 
+def delegated(change: Change, standing: Standing) -> Iterator[Step]:
+    """Yield the steps around a promotion that another engine decides and does.
+
+    It fences, repoints and starts; here is the hold, the epoch and the proof.
+
+    Raises:
+        OperationFailed: a step would break an invariant.
+    """
+    yield from _walk(change, standing, _around)
+
+
 def rollback(change: Change, standing: Standing) -> Iterator[Step]:
     """Yield the steps that lead back to the former primary.
 
@@ -205,23 +219,17 @@ def check_invariants(change: Change, standing: Standing) -> None:
     if not change.candidate:
         return
     candidate = standing.member(change.candidate)
+    if change.kind not in ("switchover", "failover"):
+        return
     if candidate.role is Role.PRIMARY and not standing.caught_up:
         _broken(change, f"{candidate.name} would be promoted without the last position")
     if change.kind == "failover":
         if candidate.role is Role.PRIMARY and not (standing.is_gone and standing.is_chosen):
             _broken(change, f"{candidate.name} would be promoted beside a primary that may live")
         return
-    former = standing.member(change.former)
-    if (
-        former.role is Role.PRIMARY
-        and former.fence is not Level.NONE
-        and candidate.role is not Role.PRIMARY
-        and not standing.held
-    ):
-        _broken(change, "writes would fail, neither held nor taken by any node")
-    for name in change.siblings:
-        follows = standing.member(name).follows
-        if candidate.role is Role.PRIMARY and follows != change.candidate:
+    if candidate.role is Role.PRIMARY:
+        for name in _astray(change, standing, change.candidate):
+            follows = standing.member(name).follows
             _broken(change, f"{name} would be left behind, following {follows or 'nobody'}")
 
 
@@ -234,16 +242,18 @@ def effect(change: Change, step: Step, standing: Standing) -> Standing:  # noqa:
             return replace(standing, is_checkpointed=True)
         case StepName.REPOINT | StepName.POINT_BACK:
             to = change.candidate if step.name is StepName.REPOINT else change.former
-            for name in change.siblings:
+            for name in _astray(change, standing, to):
                 standing = standing.changed(name, follows=to)
             return standing
         case StepName.HOLD:
             return replace(standing, held=change.operation)
         case StepName.FENCE:
-            return standing.changed(change.former, fence=Level.L1)
+            return replace(standing, is_sealed=True).changed(change.former, fence=Level.L1)
         case StepName.CATCH_UP:
             return replace(standing, caught_up=True)
         case StepName.PROMOTE:
+            if change.kind not in ("switchover", "failover"):  # the engine has demoted the other
+                standing = standing.changed(change.former, role=Role.DOWN)
             return standing.changed(change.candidate, role=Role.PRIMARY, follows="")
         case StepName.ANNOUNCE:
             return replace(standing, epoch=change.epoch, held="", is_recorded=True)
@@ -255,7 +265,7 @@ def effect(change: Change, step: Step, standing: Standing) -> Standing:  # noqa:
         case StepName.RESTORE:
             return standing.changed(change.former, role=Role.PRIMARY, fence=Level.L3)
         case StepName.UNFENCE:
-            return standing.changed(change.former, fence=Level.NONE)
+            return replace(standing, is_sealed=False).changed(change.former, fence=Level.NONE)
         case StepName.RELEASE:
             return replace(standing, held="")
         case StepName.CLOSE:
@@ -282,8 +292,19 @@ def receiving(standing: Standing) -> tuple[str, ...]:
 def _walk(change: Change, standing: Standing, following: _Following) -> Iterator[Step]:
     while (step := following(change, standing)) is not None:
         yield step
-        standing = effect(change, step, standing)
-        check_invariants(change, standing)
+        after = effect(change, step, standing)
+        check_invariants(change, after)
+        if _fails_writes(change, after) and not _fails_writes(change, standing):
+            _broken(change, "writes would fail, neither held nor taken by any node")
+        standing = after
+
+
+def _fails_writes(change: Change, at: Standing) -> bool:
+    """Say if clients meet errors: no step leads there; a hold that has expired meanwhile does."""
+    if change.kind != "switchover" or at.held:
+        return False
+    ends = (at.member(change.former), at.member(change.candidate))
+    return not any(member.takes_writes for member in ends)
 
 
 def _forward(change: Change, at: Standing) -> Step | None:
@@ -292,14 +313,16 @@ def _forward(change: Change, at: Standing) -> Step | None:
         if former.role is Role.PRIMARY:
             if not at.is_recorded:
                 return Step(StepName.RECORD, f"lock shard {change.shard}, write the operation down")
+            if former.fence is not Level.NONE and not at.held:
+                return Step(StepName.HOLD, "the fence is up, and writes fail: hold them again")
             if not at.is_checkpointed:
                 return Step(StepName.CHECKPOINT, f"of {former.name} and {candidate.name}")
-            late = [n for n in change.siblings if at.member(n).follows != candidate.name]
+            late = _astray(change, at, candidate.name)
             if late:
                 return Step(StepName.REPOINT, f"{', '.join(late)} to follow {candidate.name}")
             if not at.held:
                 return Step(StepName.HOLD, "routers start no write transactions; drain the others")
-            if former.fence is Level.NONE:
+            if not at.is_sealed:
                 return Step(StepName.FENCE, f"{former.name} takes no more writes")
         if not at.caught_up:
             return Step(StepName.CATCH_UP, f"{candidate.name} to the last position")
@@ -335,9 +358,26 @@ def _unplanned(change: Change, at: Standing) -> Step | None:
         return Step(StepName.PROMOTE, f"{change.candidate}; no way back from here", False)
     if at.epoch < change.epoch:
         return Step(StepName.ANNOUNCE, f"epoch {change.epoch}, release the routers", False)
-    late = [n for n in change.siblings if at.member(n).follows != change.candidate]
+    late = _astray(change, at, change.candidate)
     if late:
         return Step(StepName.REPOINT, f"{', '.join(late)} to follow {change.candidate}", False)
+    if not at.is_verified:
+        return Step(StepName.VERIFY, "every replica replays the journal's row", False)
+    if at.is_recorded:
+        return Step(StepName.CLOSE, "the report", False)
+    return None
+
+
+def _around(change: Change, at: Standing) -> Step | None:
+    if at.member(change.candidate).role is not Role.PRIMARY:
+        if not at.is_recorded:
+            return Step(StepName.RECORD, f"lock shard {change.shard}, write the operation down")
+        if not at.held:
+            return Step(StepName.HOLD, "routers start no write transactions; drain the others")
+        text = f"have {change.former} replaced by {change.candidate}"
+        return Step(StepName.PROMOTE, text, False)
+    if at.epoch < change.epoch:
+        return Step(StepName.ANNOUNCE, f"epoch {change.epoch}, release the routers", False)
     if not at.is_verified:
         return Step(StepName.VERIFY, "every replica replays the journal's row", False)
     if at.is_recorded:
@@ -351,14 +391,20 @@ def _backward(change: Change, at: Standing) -> Step | None:
         return Step(StepName.RESTORE, f"start {former.name}, fenced; {change.candidate} follows it")
     if former.fence is not Level.NONE:
         return Step(StepName.UNFENCE, f"{former.name} takes writes again")
-    astray = [n for n in change.siblings if at.member(n).follows != former.name]
-    if astray:
-        return Step(StepName.POINT_BACK, f"{', '.join(astray)} to follow {former.name}")
     if at.held:
         return Step(StepName.RELEASE, "the routers go on")
+    astray = _astray(change, at, former.name)
+    if astray:
+        return Step(StepName.POINT_BACK, f"{', '.join(astray)} to follow {former.name}")
     if at.is_recorded:
         return Step(StepName.CLOSE, "aborted")
     return None
+
+
+def _astray(change: Change, at: Standing, source: str) -> list[str]:
+    """Return the siblings that follow another node; those that are down follow nobody."""
+    members = (at.member(name) for name in change.siblings)
+    return [m.name for m in members if m.role is Role.REPLICA and m.follows != source]
 
 
 def _broken(change: Change, what: str) -> None:

@@ -15,6 +15,7 @@ _FORM = re.compile(
     r"\s*(?:(?:(?P<method>any|first)\s+)?(?P<number>\d+)\s*\((?P<inner>.*)\)|(?P<plain>.*))\s*",
     re.IGNORECASE | re.DOTALL,
 )
+_NAME = re.compile(r'"((?:[^"]|"")+)"|([^\s,"]+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,6 @@ def parsed(text: str) -> Quorum | None:
     if not text.strip() or found is None:
         return None
     inner = found["inner"] if found["inner"] is not None else found["plain"]
-    names = tuple(
-        part.strip().strip('"').replace('""', '"') for part in inner.split(",") if part.strip()
-    )
+    names = tuple(quoted.replace('""', '"') or plain for quoted, plain in _NAME.findall(inner))
     number = int(found["number"]) if found["number"] else 1
     return Quorum(number, names) if names else None

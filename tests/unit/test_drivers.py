@@ -268,9 +268,7 @@ def test_the_operator_connects_as_himself() -> None:
     nodes = {
         "nothing": operator_node(NODE, Operations()),
         "user": operator_node(NODE, Operations(Operator("postgres"))),
-        "all": operator_node(
-            NODE, Operations(Operator("postgres", Secret(PASSWORD)))
-        ),
+        "all": operator_node(NODE, Operations(Operator("postgres", Secret(PASSWORD)))),
         "file": operator_node(NODE, Operations(Operator("postgres", passfile="/etc/pass"))),
     }
 
