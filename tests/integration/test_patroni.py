@@ -18,10 +18,13 @@ from psycopg.rows import dict_row
 from sqlalchemy import literal, select, text
 
 from sqlroute import Router
+from sqlroute.config import Settings, load
 from sqlroute.errors import OperationRefused
 from sqlroute.ext.patroni import Patroni
 from sqlroute.local.node import LocalNode
+from sqlroute.ops import commands
 from sqlroute.ops.managed import QUERY, managed_by
+from sqlroute.ops.planning import Plan, Wishes
 from sqlroute.testing import free_ports
 from sqlroute.testing.patroni import SHORT_TIMES, PatroniCluster, missing
 from sqlroute.topology import RestApi, Secret
@@ -263,3 +266,97 @@ class TestSwitchover:
             cluster.patch({"pause": None})
         cluster.wait_settled()
         assert not patroni.cluster().is_paused
+
+
+# Promotion
+
+
+def operated(cluster: PatroniCluster) -> Settings:
+    """Return the configuration with Patroni's superuser as the operator."""
+    table = {"user": "postgres", "password": cluster.password}
+    document = {**config(cluster), "operator": table}
+    document["patroni"] = {**document["patroni"], "user": AUTH[0], "password": AUTH[1]}
+    return load(document)
+
+
+def beside_patroni(cluster: PatroniCluster) -> Settings:
+    """Return a configuration that does not know of Patroni."""
+    urls = [
+        f"postgresql://{cluster.user}:{cluster.password}@127.0.0.1:{node.port}/{cluster.database}"
+        f"?name=s0-{node.name}"
+        for node in cluster.nodes
+    ]
+    return load(
+        {
+            "operator": {"user": "postgres", "password": cluster.password},
+            "keyspaces": {"shop": {"shards": [{"name": "s0", "nodes": urls}]}},
+        }
+    )
+
+
+@pytest.fixture
+def catalog(cluster: PatroniCluster, router: Router) -> Router:
+    """Give the router of a shard with a table and a catalog."""
+    cluster.wait_settled()
+    with router.sessionmaker()() as session:
+        session.execute(text("CREATE TABLE IF NOT EXISTS note (id bigint PRIMARY KEY)"))
+        session.commit()
+    router.install_catalog()
+    return router
+
+
+def test_a_promotion_around_patroni_s_own_fails_no_request(
+    cluster: PatroniCluster, catalog: Router
+) -> None:
+    """Without the hold plain sessions meet errors here; with it they wait."""
+    settings = operated(cluster)
+    with writing(catalog) as writes:
+        until(lambda: len(writes.done) > 20)
+        before = commands.plan_promotion(settings, "s0", Wishes())
+        report = commands.promote(settings, "s0", Wishes())
+        until(lambda: len(writes.done) > 40)
+
+    assert not before.refusals
+    assert writes.errors == {}
+    assert report.outcome == "done", report.waiting
+    assert report.change.former == before.change.former
+    assert catalog.health().primary("s0").node == report.change.candidate  # type: ignore[union-attr]
+    found = commands.list_operations(settings)["operations"][0]
+    assert (found["kind"], found["state"]) == ("patroni switchover", "done")
+    with psycopg.connect(**cluster.conninfo(report.change.candidate.removeprefix("s0-"))) as c:
+        stored = {row[0] for row in c.execute("SELECT id FROM note")}
+    assert set(writes.done) <= stored
+
+
+def test_what_patroni_refuses_lets_the_routers_go_on(
+    cluster: PatroniCluster, catalog: Router
+) -> None:
+    """The candidate's agent dies between the plan and the switchover."""
+    settings = operated(cluster)
+    lost: list[str] = []
+
+    def lose(plan: Plan) -> None:
+        lost.append(plan.change.candidate.removeprefix("s0-"))
+        cluster.kill_agent(lost[0])
+
+    try:
+        with pytest.raises(OperationRefused, match="Patroni refuses the switchover"):
+            commands.promote(settings, "s0", Wishes(), agree=lose)
+        with catalog.sessionmaker(deadline=5.0)() as session:
+            session.execute(text("INSERT INTO note VALUES (-1)"))
+            session.commit()
+        assert commands.list_operations(settings)["operations"][0]["state"] == "aborted"
+    finally:
+        cluster.start_node(lost[0])
+        cluster.wait_settled()
+
+
+def test_servers_of_patroni_are_not_promoted_in_sql(
+    cluster: PatroniCluster, catalog: Router
+) -> None:
+    """Patroni would undo it."""
+    plan = commands.plan_promotion(beside_patroni(cluster), "s0", Wishes())
+
+    assert any("is run by another engine" in text and "Patroni" in text for text in plan.refusals)
+    with pytest.raises(OperationRefused, match="Patroni"):
+        commands.promote(beside_patroni(cluster), "s0", Wishes())
