@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean test-pg15 comparison upstream chaos
+TARGETS := demo test check bench clean test-pg15 comparison upstream chaos
+.PHONY: $(TARGETS)
 
 # a virtual environment with everything for development; made again when pyproject.toml changes
 $(VENV)/.installed: pyproject.toml
@@ -36,14 +37,29 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py
 
+# all figures, or those that are named: make bench promotion, the same as make bench-promotion
+NAMED := $(if $(filter bench,$(MAKECMDGOALS)),$(filter-out $(TARGETS),$(MAKECMDGOALS)))
 bench: $(VENV)/.installed
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(NAMED) $(BENCH)
 
-# a million reads under tokens and 100,000 writes read back, over replicas held behind at random
+bench-%: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmarks $* $(BENCH)
+
+ifneq ($(NAMED),)
+.PHONY: $(NAMED)
+$(NAMED): ;@:
+endif
+
+# a million reads under tokens and 100,000 writes read back, over replicas held behind at random;
+# then promotions: 100 in a row with clients that do all they may to write elsewhere, and under faults
 chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos token_reads
 	$(BIN)/python -m tests.chaos own_writes
 	$(BIN)/python -m tests.chaos requests
+	$(BIN)/python -m tests.chaos switchovers --fence L3 --count 100
+	$(BIN)/python -m tests.chaos switchovers --fence L4 --count 20
+	$(BIN)/python -m tests.chaos storm
+	$(BIN)/python -m tests.chaos full_disk
 
 # docs/comparison.md, by running; in an environment of its own, with the peer that is compared
 COMPARISON := build/comparison

@@ -132,6 +132,7 @@ def _plan(settings: Settings, servers: ShardServers, look: Look, wishes: Wishes)
 
 def plan_failover(settings: Settings, shard: str, wishes: Wishes) -> Plan:
     """Plan a failover and change nothing. Raises: OperationRefused."""
+    _refuse_patroni(settings, shard, "fails over by itself; `patronictl failover` forces it")
     with open_shard(settings, shard) as servers:
         return unplanned.plan_failover(servers, servers.look(), wishes)
 
@@ -150,6 +151,7 @@ def failover(
         OperationRefused: the primary may live, or too much would be lost.
         OperationFailed: it failed midway; run it again.
     """
+    _refuse_patroni(settings, shard, "fails over by itself; `patronictl failover` forces it")
     with _working_on(settings, shard) as (servers, look):
         plan = unplanned.plan_failover(servers, look, wishes)
         if not plan.refusals:
@@ -172,6 +174,7 @@ def rejoin(
         OperationFailed, DriverError: it did not come back.
     """
     shard = shard_of(settings, node)
+    _refuse_patroni(settings, shard, "brings its members back; see `patronictl reinit`")
     with _working_on(settings, shard) as (servers, look):
         primary = primary_of(servers, look, but=node)
         found = rejoining.rejoin(
@@ -312,6 +315,7 @@ def add_replica(
         OperationRefused: it cannot be, and why; nothing was changed.
         OperationFailed: it failed midway; says how it goes on.
     """
+    _refuse_patroni(settings, shard, "adds members: start another one, routers find it")
     with _working_on(settings, shard) as (servers, look):
         primary = primary_of(servers, look)
         addition, node = replicas.plan_addition(servers, look, primary, place, source)
@@ -329,7 +333,9 @@ def remove_replica(
         OperationRefused: it is the primary, others follow it, or commits would hang without it.
         OperationFailed, DriverError: it failed midway; run it again.
     """
-    with _working_on(settings, shard_of(settings, node)) as (servers, look):
+    shard = shard_of(settings, node)
+    _refuse_patroni(settings, shard, "removes members: stop its agent, routers see it")
+    with _working_on(settings, shard) as (servers, look):
         _must_have(servers, look, node)
         primary = primary_of(servers, look)
         return replicas.remove(servers, look, primary, node, stops=stops, timeout=timeout)
@@ -551,6 +557,12 @@ def _add_again(servers: ShardServers, look: Look, known: Operation) -> dict[str,
         counted=rejoining.no_count,
         timeout=60.0,
     )
+
+
+def _refuse_patroni(settings: Settings, shard: str, what: str) -> None:
+    known = settings.topology.keyspace_of_shard
+    if shard in known and settings.topology.shard(shard).patroni is not None:
+        raise OperationRefused(f"Patroni runs shard {shard} and {what}")
 
 
 def _must_have(servers: ShardServers, look: Look, node: str) -> None:

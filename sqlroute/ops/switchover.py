@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from sqlroute.errors import OperationFailed, OperationRefused, SQLRouteError
@@ -93,6 +94,7 @@ class Switchover(Promotion):
                 operation=change.operation,
             )
         standing = planning.standing(change, look, is_recorded=True)
+        standing = replace(standing, held=change.operation)  # one that is over is released, too
         if standing.member(change.former).role is Role.DOWN:
             self.fence_held = Level.L4
         self._goes_back = True

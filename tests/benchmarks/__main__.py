@@ -6,21 +6,38 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .figures import FIGURES
+from .pairs import Figure
+from .promotion import Counts, promotion
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *FIGURES], help="default: all")
+    for name, what in (
+        ("switchovers", "switchovers"),
+        ("kills", "kills, of each way to fail over"),
+        ("patroni", "switchovers of Patroni, 0 for none"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=getattr(Counts(), name), help=f"of promotion: {what}"
+        )
     parser.add_argument("--json", action="store_true", help="one document on stdout")
     options = parser.parse_args()
+    counts = Counts(options.switchovers, options.kills, options.patroni)
+    figures: dict[str, Callable[[Path], list[Figure]]] = {
+        **FIGURES,
+        "promotion": partial(promotion, counts=counts),
+    }
     documents = []
     with tempfile.TemporaryDirectory(prefix="sqlroute-bench-", dir="/var/tmp") as directory:
         Path(directory).chmod(0o755)
-        for name in options.names or FIGURES:
-            for figure in FIGURES[name](Path(directory)):
+        for name in options.names or figures:
+            for figure in figures[name](Path(directory)):
                 documents.append(figure.document())
                 if not options.json:
                     print("\n".join(figure.lines()), flush=True)

@@ -21,6 +21,7 @@ from sqlroute.routing.hashing import KeyKind, bucket_of
 from .outage import outage
 from .pairs import Figure, compare, compare_async
 from .planning import plan_cached, plan_new, token_check
+from .promotion import promotion
 from .proxies import versus_proxies
 from .servers import ROWS, Account, bench
 from .trips import round_trips
@@ -234,4 +235,5 @@ FIGURES: dict[str, Callable[[Path], list[Figure]]] = {
     "versus_proxies": versus_proxies,
     "watching": watching,
     "outage": outage,
+    "promotion": promotion,
 }

@@ -1,4 +1,4 @@
-"""The network in front of a server: it can be cut, or swallow all that it is given."""
+"""The network in front of a server: cut, or swallowing what it is given, both ways or one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ class State(Enum):
         OPEN: it arrives.
         CUT: connections are reset, new ones refused.
         HOLE: connections are accepted, and nothing that is sent arrives, on old ones neither.
+        DEAF: the server hears nothing any more, of what it says all arrives.
+        MUTE: the server hears all, and nothing that it says arrives.
     """
 
     OPEN = "open"
     CUT = "cut"
     HOLE = "hole"
+    DEAF = "deaf"
+    MUTE = "mute"
 
 
 class Cable:
@@ -39,7 +43,8 @@ class Cable:
         self._server: asyncio.Server | None = None
         self._ends: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[Any]] = set()
-        self._is_open = asyncio.Event()
+        self._to_server = asyncio.Event()
+        self._to_client = asyncio.Event()
         self.port = 0
 
     def __enter__(self) -> Self:
@@ -71,15 +76,17 @@ class Cable:
             return
         if self._server is None:
             await self._listen()
-        if state is State.HOLE:
-            self._is_open.clear()
-        else:
-            self._is_open.set()
+        for way, closed in ((self._to_server, State.DEAF), (self._to_client, State.MUTE)):
+            if state in (State.HOLE, closed):
+                way.clear()
+            else:
+                way.set()
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
-        self._is_open.set()
+        self._to_server.set()
+        self._to_client.set()
 
     async def _cut(self) -> None:
         if self._server is not None:
@@ -102,10 +109,13 @@ class Cable:
         self._ends.add(writer)
         far: asyncio.StreamWriter | None = None
         try:
-            await self._is_open.wait()
+            await self._to_server.wait()
             far_reader, far = await asyncio.open_connection(*self._target)
             self._ends.add(far)
-            both = (self._pump(reader, far), self._pump(far_reader, writer))
+            both = (
+                self._pump(reader, far, self._to_server),
+                self._pump(far_reader, writer, self._to_client),
+            )
             pumps = [asyncio.ensure_future(one) for one in both]
             self._pumps.update(pumps)
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -121,9 +131,11 @@ class Cable:
                     end.transport.abort()
             self._pumps.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: asyncio.Event
+    ) -> None:
         with contextlib.suppress(OSError):
             while chunk := await reader.read(_CHUNK):
-                await self._is_open.wait()
+                await way.wait()
                 writer.write(chunk)
                 await writer.drain()

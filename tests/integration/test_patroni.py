@@ -27,7 +27,7 @@ from sqlroute.ops.managed import QUERY, managed_by
 from sqlroute.ops.planning import Plan, Wishes
 from sqlroute.testing import free_ports
 from sqlroute.testing.patroni import SHORT_TIMES, PatroniCluster, missing
-from sqlroute.topology import RestApi, Secret
+from sqlroute.topology import Place, RestApi, Secret
 
 pytestmark = [
     pytest.mark.servers,
@@ -360,3 +360,19 @@ def test_servers_of_patroni_are_not_promoted_in_sql(
     assert any("is run by another engine" in text and "Patroni" in text for text in plan.refusals)
     with pytest.raises(OperationRefused, match="Patroni"):
         commands.promote(beside_patroni(cluster), "s0", Wishes())
+
+
+def test_what_is_patroni_s_is_left_to_it(cluster: PatroniCluster) -> None:
+    """Failing over, adding, removing, bringing back."""
+    settings = operated(cluster)
+    new = Place("s0-new", "127.0.0.1", 1)
+
+    for verb in (
+        lambda: commands.failover(settings, "s0", Wishes()),
+        lambda: commands.plan_failover(settings, "s0", Wishes()),
+        lambda: commands.add_replica(settings, "s0", new),
+        lambda: commands.remove_replica(settings, "s0-pg1"),
+        lambda: commands.rejoin(settings, "s0-pg1"),
+    ):
+        with pytest.raises(OperationRefused, match="Patroni runs shard s0 and"):
+            verb()

@@ -28,6 +28,19 @@ COMMANDS = [
     ["catalog", "install"],
     ["2pc", "recover"],
     ["demo"],
+    ["promote"],
+    ["failover"],
+    ["rejoin"],
+    ["fence"],
+    ["unfence"],
+    ["replica"],
+    ["replica", "add"],
+    ["replica", "remove"],
+    ["op"],
+    ["op", "list"],
+    ["op", "show"],
+    ["op", "resume"],
+    ["op", "abort"],
 ]
 
 
@@ -53,6 +66,8 @@ def test_help_imports_neither_sqlalchemy_nor_a_driver() -> None:
     """Help answers at once: what a command needs is imported when it runs."""
     assert run_and_list_modules(["--help"]) == "0 [] True"
     assert run_and_list_modules(["explain", "--help"]) == "0 [] True"
+    assert run_and_list_modules(["promote", "--help"]) == "0 [] True"
+    assert run_and_list_modules(["op", "resume", "--help"]) == "0 [] True"
 
 
 def test_completion_imports_neither_sqlalchemy_nor_a_driver() -> None:
@@ -96,6 +111,14 @@ def test_missing_typer_is_a_clear_error() -> None:
         ["2pc", "recover", "--older-than=-1"],
         ["local", "up", "--shards", "many"],
         ["status", "--config", "/nowhere/sqlroute.toml"],
+        ["promote"],
+        ["promote", "s0", "--fence", "L9"],
+        ["promote", "s0", "--max-drain=-1"],
+        ["promote", "s0", "--config", "/nowhere/sqlroute.toml"],
+        ["failover", "s0", "--max-loss-bytes", "some"],
+        ["fence", "s0-a", "--level", "none"],
+        ["op", "abort"],
+        ["replica", "add", "s0", "s0-d"],
     ],
     ids=" ".join,
 )
