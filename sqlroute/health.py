@@ -100,6 +100,10 @@ HELD_PAUSE = 0.005
 HELD_RATE = 1000.0
 """...as far as all monitors together stay under so many looks per second."""
 
+LOST_PAUSE = 0.02
+"""Seconds between two looks at a node whose shard has lost its primary: callers wait for the next
+one. Under the same rate."""
+
 HISTORY_LENGTH = 128
 """Positions of the primary kept per shard. Beyond it, every second one of the older half goes: the
 reach doubles and the older figures of lag get coarser, always towards more lag."""
@@ -472,6 +476,7 @@ def probe_pause(
     rate: float,
     is_used: bool = True,
     is_held: bool = False,
+    is_lost: bool = False,
 ) -> float:
     """Return the seconds until a node should be asked again, before they are made random.
 
@@ -483,11 +488,12 @@ def probe_pause(
         rate: probes per second that one node should answer, to all monitors together.
         is_used: statements go there.
         is_held: its shard's write transactions are held: callers wait for the end of that.
+        is_lost: its shard had a primary and has none, while statements go there.
     """
     monitors = node.monitors if node is not None else 0
     pause = max(interval, monitors / (rate * RATE_MARGIN))
-    if is_held:
-        pause = max(HELD_PAUSE, monitors / HELD_RATE)
+    if is_held or is_lost:
+        pause = max(HELD_PAUSE if is_held else LOST_PAUSE, monitors / HELD_RATE)
         # it will hardly be the next primary, and connecting costs more than asking
         return pause / RECHECK if node is not None and node.state is State.DOWN else pause
     if node is not None and node.failures == 1 and node.state is not State.DOWN:

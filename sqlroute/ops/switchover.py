@@ -206,6 +206,30 @@ class Switchover(Promotion):
         """Wait until the candidate has replayed the last that the former primary has written."""
         if self._last_position is None:
             self._end_of_former()
+        self._await_last()
+        if not wait_for(self._is_quiet, timeout=self._patience):
+            raise OperationFailed(
+                f"clients go on writing to {self.change.former} in spite of its fence; end them, "
+                "or use a driver (L4)"
+            )
+        return {"last_position": format_lsn(self._last_position or 0)}
+
+    def _is_quiet(self) -> bool:
+        """Say if nobody has come through the fence; who has is ended, and the end marked anew.
+
+        Before 18 ``pg_stat_activity`` does not show a session that is still authenticating, and it
+        has the settings of when it began: it is let in after the fence was seen to hold.
+        """
+        if self.level is not Level.L3 or self._next_transaction is None:
+            return True
+        came = self._old.terminate_others()
+        if not came and self._old.next_transaction() == self._next_transaction:
+            return True
+        self._mark()
+        self._await_last()
+        return False
+
+    def _await_last(self) -> None:
         last, position, patience = self._last_position or 0, 0, self._patience
 
         def has_all() -> bool:
@@ -218,7 +242,6 @@ class Switchover(Promotion):
                 f"{self.change.candidate} has replayed up to {format_lsn(position)} after "
                 f"{patience:g} s, and not the last position {format_lsn(last)}"
             )
-        return {"last_position": format_lsn(last)}
 
     def _end_of_former(self) -> None:
         """Learn the last position: of a server that was stopped by its control file."""

@@ -33,6 +33,7 @@ from sqlroute.health import (
     Health,
     NodeHealth,
     Observation,
+    ShardHealth,
     State,
     observe,
     probe_pause,
@@ -235,6 +236,8 @@ class Monitor:
         if not self._is_closed:
             self._round(known.shard)
             self._on_thread(self._tell)
+            if watcher is not None and self._health.shard(known.shard).primary is None:
+                self._on_thread(watcher.wake, known.shard)  # which is asked more often now
 
     def set_topology(self, topology: Topology) -> None:
         """Watch another set of nodes; what is known of those that stay is kept."""
@@ -503,6 +506,10 @@ class _Watcher:
             rate=self._monitor.rate,
             is_used=watched.is_used,
             is_held=shard is not None and shard.hold is not None,
+            is_lost=watched.is_used
+            and shard is not None
+            and shard.primary is None
+            and shard.highest_timeline > 0,
         )
         return pause * self._random.uniform(1 - JITTER, 1 + JITTER)
 
@@ -524,7 +531,7 @@ class _Watcher:
         before = self._monitor.health.shards.get(watched.shard)
         self._monitor._observed(observation)
         now = self._monitor.health.shards.get(watched.shard)
-        if before is not None and now is not None and (before.hold is None) != (now.hold is None):
+        if before is not None and now is not None and _is_urgent(before, now):
             self.wake(watched.shard)  # all its nodes are told, and asked more often or less
         return observation
 
@@ -569,6 +576,12 @@ class _Watcher:
         task = self.loop.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+
+
+def _is_urgent(before: ShardHealth, now: ShardHealth) -> bool:
+    """Say if callers wait since a moment ago, or need not any more."""
+    has_lost_primary = before.primary is not None and now.primary is None
+    return has_lost_primary or (before.hold is None) != (now.hold is None)
 
 
 def _changes(old: Health, new: Health, shard: str) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ from sqlroute.health import (
     HELD_PAUSE,
     HELD_RATE,
     LONGEST_HOLD,
+    LOST_PAUSE,
     RECHECK,
     Health,
     Hold,
@@ -203,6 +204,12 @@ class TestPause:
 
         assert probe_pause(few, interval=0.5, rate=100.0, is_held=True) == HELD_PAUSE
         assert probe_pause(many, interval=0.5, rate=100.0, is_held=True) == 500 / HELD_RATE
+
+    def test_a_shard_that_has_lost_its_primary_is_looked_at_often(self) -> None:
+        few, many = (NodeHealth("a", "s0", monitors=count) for count in (2, 500))
+
+        assert probe_pause(few, interval=0.5, rate=100.0, is_lost=True) == LOST_PAUSE
+        assert probe_pause(many, interval=0.5, rate=100.0, is_lost=True) == 500 / HELD_RATE
 
     def test_what_is_down_is_looked_at_less_often_than_who_may_be_next(self) -> None:
         down = NodeHealth("a", "s0", state=State.DOWN)
