@@ -20,6 +20,7 @@ from sqlroute.testing import TopologyFactory
 
 from . import own_writes, requests, token_reads
 from .promotion import full_disk, storm, switchovers
+from .promotion.faults import FAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,14 @@ SCENARIOS = {
     "own_writes": Scenario(own_writes.run, 100_000, "writes", ("break_token",)),
     "requests": Scenario(requests.run, 600, "seconds", ("break_token",)),
     "switchovers": Scenario(switchovers.run, 100, "switchovers", ("fence",)),
-    "storm": Scenario(storm.run, 2 * len(storm.FAULTS), "faults", ("names",)),
+    "storm": Scenario(storm.run, 2 * len(FAULTS), "faults", ("names",)),
     "full_disk": Scenario(full_disk.run, 2, "times"),
 }
 
 
 def main() -> int:
     options = _parser().parse_args()
-    logging.getLogger("sqlroute").setLevel(logging.CRITICAL)
+    logging.getLogger("sqlroute").setLevel(logging.ERROR)
     scenario = SCENARIOS[options.name]
     if options.name == "full_disk" and (why := full_disk.obstacle()):
         print(f"full_disk was not run: {why}", file=sys.stderr)
@@ -86,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         "--fence", choices=("L1", "L2", "L3", "L4"), default="L3", help="of switchovers"
     )
     parser.add_argument(
-        "--faults", dest="names", nargs="+", choices=storm.FAULTS, default=tuple(storm.FAULTS),
-        metavar="FAULT", help=f"of a storm; default: all of {', '.join(storm.FAULTS)}",
+        "--faults", dest="names", nargs="+", choices=FAULTS, default=tuple(FAULTS),
+        metavar="FAULT", help=f"of a storm; default: all of {', '.join(FAULTS)}",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one document on stdout")
     return parser
