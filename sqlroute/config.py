@@ -41,7 +41,7 @@ from sqlroute.operations import (
     unknown_placeholders,
 )
 from sqlroute.routing.policy import Balancing, Consistency, Policy
-from sqlroute.topology import Keyspace, Node, Secret, Shard, Topology
+from sqlroute.topology import Coordinator, Keyspace, Node, Secret, Shard, Topology
 
 DEFAULT_FILE = "sqlroute.toml"
 FILE_VARIABLE = "SQLROUTE_CONFIG"
@@ -168,6 +168,7 @@ def describe(settings: Settings) -> dict[str, Any]:
             {
                 "name": keyspace.name,
                 "buckets": keyspace.buckets,
+                "coordinator": _described_coordinator(keyspace.coordinator),
                 "shards": [
                     {"name": shard.name, "nodes": [_described(node) for node in shard.nodes]}
                     for shard in keyspace.shards
@@ -178,6 +179,15 @@ def describe(settings: Settings) -> dict[str, Any]:
         "operator": _described_operator(settings.operations.operator),
         "drivers": [_described_driver(spec) for spec in settings.operations.drivers],
     }
+
+
+def _described_coordinator(coordinator: Coordinator | None) -> dict[str, Any] | None:
+    if coordinator is None:
+        return None
+    fields = {
+        field.name: getattr(coordinator, field.name) for field in dataclasses.fields(coordinator)
+    }
+    return {**fields, "nodes": [_described(node) for node in coordinator.nodes]}
 
 
 def _described_operator(operator: Operator) -> dict[str, Any]:
@@ -460,6 +470,8 @@ class _PolicyTable(_Table):
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
     primary_wait: _Seconds = _DEFAULTS.primary_wait
     max_held: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.max_held
+    no_scatter: bool = _DEFAULTS.no_scatter
+    no_coordinator: bool = _DEFAULTS.no_coordinator
     deadline: _SomeSeconds | None = _DEFAULTS.deadline
     allow_functions: _Functions = _DEFAULTS.allow_functions
     deny_functions: _Functions = _DEFAULTS.deny_functions
@@ -470,9 +482,18 @@ class _ShardTable(_Table):
     nodes: list[str] = Field(min_length=1)
 
 
+class _CoordinatorTable(_Table):
+    nodes: list[str] = Field(min_length=1)
+    max_rows: Annotated[_Whole, Field(ge=1)] = 1_000_000
+    timeout: _SomeSeconds = 60.0
+    fetch_size: Annotated[_Whole, Field(ge=1)] = 10_000
+    use_remote_estimate: bool = True
+
+
 class _KeyspaceTable(_Table):
     buckets: Annotated[_Whole, AfterValidator(_power_of_two)] = 64
     shards: list[_ShardTable] = Field(min_length=1)
+    coordinator: _CoordinatorTable | None = None
 
 
 class _OperatorTable(_Table):
@@ -559,7 +580,12 @@ def _check(
     if document is None or faults:
         return faults
     keyspaces = tuple(
-        Keyspace(name, _shards(name, table.shards, nodes), table.buckets)
+        Keyspace(
+            name,
+            _shards(name, table.shards, nodes),
+            table.buckets,
+            _coordinator(name, table.coordinator, nodes),
+        )
         for name, table in document.keyspaces.items()
     )
     policy = Policy(**{name: getattr(document.policy, name) for name in _PolicyTable.model_fields})
@@ -613,6 +639,17 @@ def _shards(
         )
         for i, table in enumerate(tables)
     )
+
+
+def _coordinator(
+    keyspace: str, table: _CoordinatorTable | None, nodes: Mapping[_Path, Node]
+) -> Coordinator | None:
+    if table is None:
+        return None
+    values = {name: getattr(table, name) for name in _CoordinatorTable.model_fields}
+    path: _Path = ("keyspaces", keyspace, "coordinator", "nodes")
+    values["nodes"] = tuple(nodes[(*path, i)] for i in range(len(table.nodes)))
+    return Coordinator(**values)
 
 
 def _check_form(
@@ -686,6 +723,8 @@ def _known(place: _Path) -> Iterable[str]:
             return _PolicyTable.model_fields
         case ("keyspaces", _, _):
             return _KeyspaceTable.model_fields
+        case ("keyspaces", _, "coordinator", _):
+            return _CoordinatorTable.model_fields
         case ("keyspaces", _, "shards", _, _):
             return _ShardTable.model_fields
         case ("operator", _):
@@ -751,7 +790,7 @@ def _check_nodes(
     shards: dict[str, _Path] = {}
     names: dict[str, _Path] = {}
     servers: dict[tuple[object, ...], _Path] = {}
-    for path, shard, urls in _shards_written(filled):
+    for path, shard, urls in (*_shards_written(filled), *_coordinators_written(filled)):
         if path[-1] == 0 and not _NAME.fullmatch(str(path[1])):
             faults.append(_Fault(path[:2], _NAME_RULE))
         if shard is not None and (*path, "name") not in unfilled:
@@ -762,7 +801,10 @@ def _check_nodes(
         for place, url in urls:
             if place in unfilled:
                 continue
-            node, texts = _node(url, shard if shard and _NAME.fullmatch(shard) else "?")
+            known = shard if shard and _NAME.fullmatch(shard) else "?"
+            node, texts = _node(
+                url, f"{path[1]}-coordinator" if path[-1] == "coordinator" else known
+            )
             faults += [_Fault(place, text) for text in texts]
             if node is None:
                 continue
@@ -786,6 +828,18 @@ def _shards_written(
                 if isinstance(url, str)
             ]
             yield path, name if isinstance(name, str) else None, urls
+
+
+def _coordinators_written(
+    filled: Mapping[str, Any],
+) -> Iterator[tuple[_Path, str | None, list[tuple[_Path, str]]]]:
+    """Yield path and URLs of each coordinator, under the name that its nodes begin with."""
+    for keyspace, table in _items(filled.get("keyspaces")):
+        path: _Path = ("keyspaces", keyspace, "coordinator")
+        urls = _list(_get(_get(table, "coordinator"), "nodes"))
+        written = [((*path, "nodes", i), url) for i, url in enumerate(urls) if isinstance(url, str)]
+        if written:
+            yield path, None, written
 
 
 def _items(value: object) -> Iterable[tuple[str, object]]:
