@@ -27,6 +27,10 @@ COMMANDS = [
     ["config", "check"],
     ["catalog", "install"],
     ["2pc", "recover"],
+    ["coordinator", "install"],
+    ["coordinator", "refresh"],
+    ["coordinator", "check"],
+    ["coordinator", "remove"],
     ["demo"],
 ]
 
