@@ -41,7 +41,7 @@ from sqlroute.operations import (
     unknown_placeholders,
 )
 from sqlroute.routing.policy import Balancing, Consistency, Policy
-from sqlroute.topology import Keyspace, Node, RestApi, Secret, Shard, Topology
+from sqlroute.topology import Coordinator, Keyspace, Node, RestApi, Secret, Shard, Topology
 
 DEFAULT_FILE = "sqlroute.toml"
 FILE_VARIABLE = "SQLROUTE_CONFIG"
@@ -173,6 +173,7 @@ def describe(settings: Settings) -> dict[str, Any]:
             {
                 "name": keyspace.name,
                 "buckets": keyspace.buckets,
+                "coordinator": _described_coordinator(keyspace.coordinator),
                 "shards": [_described_shard(shard) for shard in keyspace.shards],
             }
             for keyspace in settings.topology.keyspaces
@@ -203,6 +204,15 @@ def _described_api(api: RestApi, login: Node | None) -> dict[str, Any]:
         "timeout": api.timeout,
         "login": None if login is None else _described(login),
     }
+
+
+def _described_coordinator(coordinator: Coordinator | None) -> dict[str, Any] | None:
+    if coordinator is None:
+        return None
+    fields = {
+        field.name: getattr(coordinator, field.name) for field in dataclasses.fields(coordinator)
+    }
+    return {**fields, "nodes": [_described(node) for node in coordinator.nodes]}
 
 
 def _described_operator(operator: Operator) -> dict[str, Any]:
@@ -484,6 +494,8 @@ class _PolicyTable(_Table):
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
     primary_wait: _Seconds = _DEFAULTS.primary_wait
     max_held: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.max_held
+    no_scatter: bool = _DEFAULTS.no_scatter
+    no_coordinator: bool = _DEFAULTS.no_coordinator
     deadline: _SomeSeconds | None = _DEFAULTS.deadline
     allow_functions: _Functions = _DEFAULTS.allow_functions
     deny_functions: _Functions = _DEFAULTS.deny_functions
@@ -506,9 +518,18 @@ class _PatroniTable(_Table):
     timeout: _SomeSeconds = 2.0
 
 
+class _CoordinatorTable(_Table):
+    nodes: list[str] = Field(min_length=1)
+    max_rows: Annotated[_Whole, Field(ge=1)] = 1_000_000
+    timeout: _SomeSeconds = 60.0
+    fetch_size: Annotated[_Whole, Field(ge=1)] = 10_000
+    use_remote_estimate: bool = True
+
+
 class _KeyspaceTable(_Table):
     buckets: Annotated[_Whole, AfterValidator(_power_of_two)] = 64
     shards: list[_ShardTable] = Field(min_length=1)
+    coordinator: _CoordinatorTable | None = None
 
 
 class _OperatorTable(_Table):
@@ -597,7 +618,12 @@ def _check(
     if document is None or faults:
         return faults
     keyspaces = tuple(
-        Keyspace(name, _shards(name, document, {**nodes, **logins}), table.buckets)
+        Keyspace(
+            name,
+            _shards(name, document, {**nodes, **logins}),
+            table.buckets,
+            _coordinator(name, table.coordinator, nodes),
+        )
         for name, table in document.keyspaces.items()
     )
     policy = Policy(**{name: getattr(document.policy, name) for name in _PolicyTable.model_fields})
@@ -661,6 +687,17 @@ def _patroni_faults(document: _Document) -> Iterator[_Fault]:
     for name, needed in (("password", "user"), ("user", "password"), ("key_file", "cert_file")):
         if getattr(table, name) and not getattr(table, needed):
             yield _Fault(("patroni", needed), f"is missing: {name} is given")
+
+
+def _coordinator(
+    keyspace: str, table: _CoordinatorTable | None, nodes: Mapping[_Path, Node]
+) -> Coordinator | None:
+    if table is None:
+        return None
+    values = {name: getattr(table, name) for name in _CoordinatorTable.model_fields}
+    path: _Path = ("keyspaces", keyspace, "coordinator", "nodes")
+    values["nodes"] = tuple(nodes[(*path, i)] for i in range(len(table.nodes)))
+    return Coordinator(**values)
 
 
 def _check_form(
@@ -738,6 +775,8 @@ def _known(place: _Path) -> Iterable[str]:
             return _PolicyTable.model_fields
         case ("keyspaces", _, _):
             return _KeyspaceTable.model_fields
+        case ("keyspaces", _, "coordinator", _):
+            return _CoordinatorTable.model_fields
         case ("keyspaces", _, "shards", _, _):
             return _ShardTable.model_fields
         case ("patroni", _):
@@ -865,7 +904,7 @@ def _check_nodes(
     shards: dict[str, _Path] = {}
     names: dict[str, _Path] = {}
     servers: dict[tuple[object, ...], _Path] = {}
-    for path, shard, urls in _shards_written(filled):
+    for path, shard, urls in (*_shards_written(filled), *_coordinators_written(filled)):
         if path[-1] == 0 and not _NAME.fullmatch(str(path[1])):
             faults.append(_Fault(path[:2], _NAME_RULE))
         if shard is not None and (*path, "name") not in unfilled:
@@ -876,7 +915,10 @@ def _check_nodes(
         for place, url in urls:
             if place in unfilled:
                 continue
-            node, texts = _node(url, shard if shard and _NAME.fullmatch(shard) else "?")
+            known = shard if shard and _NAME.fullmatch(shard) else "?"
+            node, texts = _node(
+                url, f"{path[1]}-coordinator" if path[-1] == "coordinator" else known
+            )
             faults += [_Fault(place, text) for text in texts]
             if node is None:
                 continue
@@ -904,6 +946,18 @@ def _shard_tables(filled: Mapping[str, Any]) -> Iterator[tuple[_Path, object]]:
     for keyspace, table in _items(filled.get("keyspaces")):
         for i, shard in enumerate(_list(_get(table, "shards"))):
             yield ("keyspaces", keyspace, "shards", i), shard
+
+
+def _coordinators_written(
+    filled: Mapping[str, Any],
+) -> Iterator[tuple[_Path, str | None, list[tuple[_Path, str]]]]:
+    """Yield path and URLs of each coordinator, under the name that its nodes begin with."""
+    for keyspace, table in _items(filled.get("keyspaces")):
+        path: _Path = ("keyspaces", keyspace, "coordinator")
+        urls = _list(_get(_get(table, "coordinator"), "nodes"))
+        written = [((*path, "nodes", i), url) for i, url in enumerate(urls) if isinstance(url, str)]
+        if written:
+            yield path, None, written
 
 
 def _items(value: object) -> Iterable[tuple[str, object]]:

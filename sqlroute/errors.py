@@ -25,6 +25,12 @@
          │   └─ ShardMapUnavailable     no shard map, or its lease could not be confirmed
          ├─ StaleShardMap               the database refused a row: its bucket moved (retryable)
          ├─ StaleObjectRead             a replica's object whose row is another now (retryable)
+         ├─ CoordinatorError            the coordinator cannot answer
+         │   ├─ CoordinatorMissing      nothing is installed there
+         │   ├─ CoordinatorStale        the shards are not what it was built from any more
+         │   ├─ CoordinatorDenied       a role lacks a right, or a password, there or on a shard
+         │   └─ CoordinatorUnavailable  it, or a shard behind it, does not answer (retryable)
+         ├─ TooManyRows                 a result of more rows than allowed
          ├─ DeadlineExceeded            a scatter outlived its deadline; names the shards
          ├─ InDoubtCommit               a two-phase commit whose second phase is unfinished
          ├─ UnknownCommit               the answer to COMMIT was lost, its outcome stays unknown
@@ -89,10 +95,12 @@ class CrossShardRefused(PlanError):
 
     Attributes:
         clause: the clause that stands in the way, as SQL words, e.g. ``HAVING``.
+        why: and the way out.
     """
 
     def __init__(self, clause: str, why: str) -> None:
         self.clause = clause
+        self.why = why
         super().__init__(f"{clause}: {why}")
 
 
@@ -218,6 +226,48 @@ class StaleObjectRead(SQLRouteError, StaleDataError):
             'roll back and run the unit of work again, with consistency="strong" where it must '
             "not meet this"
         )
+
+
+class CoordinatorError(SQLRouteError):
+    """The coordinator cannot answer. The session, and its transaction, go on.
+
+    Attributes:
+        node: its name; empty where several were tried.
+    """
+
+    def __init__(self, message: str, node: str = "") -> None:
+        self.node = node
+        super().__init__(message)
+
+
+class CoordinatorMissing(CoordinatorError):
+    """Nothing is installed in the coordinator's database: ``sqlroute coordinator install``."""
+
+
+class CoordinatorStale(CoordinatorError):
+    """Schema or shard map have changed since it was built: ``sqlroute coordinator refresh``."""
+
+
+class CoordinatorDenied(CoordinatorError):
+    """A role lacks a right or a password on the coordinator, or on a shard behind it."""
+
+
+class CoordinatorUnavailable(CoordinatorError):
+    """The coordinator, or a shard behind it, does not answer, or is not what the session needs."""
+
+    retryable = True
+
+
+class TooManyRows(SQLRouteError):
+    """A result has more rows than the configuration allows.
+
+    Attributes:
+        max_rows: how many it allows.
+    """
+
+    def __init__(self, message: str, max_rows: int = 0) -> None:
+        self.max_rows = max_rows
+        super().__init__(message)
 
 
 class DeadlineExceeded(SQLRouteError):

@@ -16,6 +16,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import QueryContext
 
+from sqlroute.coordination import coordinated
 from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
 from sqlroute.events import Fallback, PlanChosen, Retried
 from sqlroute.health import FENCE
@@ -24,7 +25,7 @@ from sqlroute.results import merged
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described
-from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named
+from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named, tier_named
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
 from sqlroute.runtime.engines import is_old_plan
@@ -40,7 +41,7 @@ log = logging.getLogger("sqlroute.session")
 BIND = "_sqlroute_bind"
 """Key of ``bind_arguments`` under which a plan hands its engine or connection to ``get_bind``."""
 
-OPTIONS = frozenset({"sqlroute_consistency", "sqlroute_role", "sqlroute_shard"})
+OPTIONS = frozenset({"sqlroute_consistency", "sqlroute_role", "sqlroute_shard", "sqlroute_tier"})
 """Execution options of sqlroute; another ``sqlroute_...`` is a mistake and refused."""
 
 _READ = Kind.READ.value
@@ -155,7 +156,11 @@ def execute(call: Call) -> Any:
     if found.tier is Tier.SINGLE:
         return _single(call, described, found)
     if found.tier is Tier.SCATTER:
-        result = _scatter(call, described, found)
+        result = _scatter(call, described, found, options)
+    elif found.tier is Tier.COORDINATOR:
+        return coordinated(
+            call, described, found, partial(_planned_again, call, described, options)
+        )
     elif found.tier is Tier.SPLIT:
         result = _split(call, found)
     else:
@@ -230,6 +235,8 @@ def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
             demand = replace(demand, consistency=consistency_named(value))
         elif name == "sqlroute_role":
             demand = replace(demand, role=role_named(value))
+        elif name == "sqlroute_tier":
+            demand = replace(demand, by_coordinator=tier_named(value))
         else:
             raise UnknownName(
                 f"unknown execution option {name}; known: {', '.join(sorted(OPTIONS))}"
@@ -239,15 +246,36 @@ def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
     return demand
 
 
-def merge_of(session: RoutingMixin, described: Described, found: Plan) -> tuple[Rewritten, Plan]:
+def merge_of(
+    session: RoutingMixin,
+    described: Described,
+    found: Plan,
+    options: Mapping[str, Any],
+    *,
+    is_real: bool = True,
+) -> tuple[Rewritten | None, Plan]:
     """Return what every shard of a scatter is sent, and the plan that tells how it merges.
 
+    Where there is no exact merge and a coordinator may answer: nothing, and the plan for that.
+
     Raises:
-        CrossShardRefused: it has no exact merge; names the clause.
+        CrossShardRefused: neither, or the policy forbids to merge; names the clause.
     """
-    health = session._router.health(session._routes)
+    router = session._router
+    health = router.health(session._routes)
     code_points = all(health.of(target.node).orders_by_code_point for target in found.targets)
-    return session._router.planner.merge(described, found, code_points)
+    try:
+        merged = router.planner.merge(described, found, code_points)
+    except CrossShardRefused:
+        if described.shape.statement.keyspace.coordinator is None:
+            raise
+        return None, plan(session, described, options, is_real=is_real)[0]
+    if router.policy.no_scatter:
+        raise CrossShardRefused(
+            "several shards",
+            f"{found.reasons[-1]}, and the policy no_scatter allows one; add the shard key",
+        )
+    return merged
 
 
 def _single(call: Call, described: Described, found: Plan) -> Any:
@@ -415,13 +443,21 @@ def _on_primary(
     return _write(call, target, token, call.scalar)
 
 
-def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
+def _planned_again(call: Call, described: Described, options: Mapping[str, Any]) -> Plan:
+    """Return the plan for the coordinator after the shards, or their map, were looked at anew."""
+    return plan(call.session, described, options)[0]
+
+
+def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:
     if call.is_streaming:
         raise CrossShardRefused(
             "yield_per", "streaming over several shards comes later; read without it, or by key"
         )
     session = call.session
-    rewritten, found = merge_of(session, described, found)
+    rewritten, found = merge_of(session, described, found, options)
+    if rewritten is None:
+        again = partial(_planned_again, call, described, options)
+        return coordinated(replace(call, scalar=False), described, found, again)
     works = [
         (f"{target.shard} ({target.node})", _work(call, described, target, rewritten.statement))
         for target in found.targets

@@ -173,6 +173,18 @@ class Router:
             )
             for flavour in (False, True)
         }
+        self._coordinators = {
+            flavour: Engines(
+                topology.coordinators,
+                self.policy,
+                is_async=flavour,
+                on_failure=lambda _, __: False,  # nobody watches them
+                on_stale_map=lambda _: None,
+                on_answer=lambda _, __: None,
+                limits=lambda _: pool_limits(self.policy, 0),
+            )
+            for flavour in (False, True)
+        }
 
     def __repr__(self) -> str:
         shards = ", ".join(self.topology.keyspace_of_shard)
@@ -221,8 +233,13 @@ class Router:
                 self.planner = Planner(topology, self.planner.functions)
                 self.topology = topology
             self.monitor.set_topology(topology)
+            coordinators = topology.coordinators
             self._retired_async += self._engines[True].set_topology(topology)
-            for engine in self._engines[False].set_topology(topology):
+            self._retired_async += self._coordinators[True].set_topology(coordinators)
+            for engine in (
+                *self._engines[False].set_topology(topology),
+                *self._coordinators[False].set_topology(coordinators),
+            ):
                 engine.pool.dispose()
 
     def _announced(self, shard: str, revision: int) -> Announced:
@@ -695,6 +712,10 @@ class Router:
                 current = found
         return current is not None and current.epoch > newer_than
 
+    def renew_map(self, keyspace: Keyspace, engines: Engines) -> None:
+        """Read the map of a keyspace anew for a session, if there is a newer one."""
+        self._refresh(keyspace, engines, newer_than=0)
+
     def read_map(self, keyspace: Keyspace) -> None:
         """Read the map of a keyspace anew, if there is a newer one."""
         self._refresh(keyspace, self._engines[False], newer_than=0)
@@ -750,6 +771,10 @@ class Router:
     def engines(self, *, is_async: bool) -> Engines:
         """Return the engines of one flavour."""
         return self._engines[is_async]
+
+    def coordinators(self, *, is_async: bool) -> Engines:
+        """Return the engines of the coordinators, of one flavour."""
+        return self._coordinators[is_async]
 
     def primary_engine(self, shard: str) -> Any:
         """Return the sync engine of a shard's primary, for work beside sessions.
@@ -944,6 +969,7 @@ class Router:
         self.monitor.close()  # first: what it sees may start a question
         self._discovery.close()
         self._engines[False].close()
+        self._coordinators[False].close()
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None
@@ -952,6 +978,7 @@ class Router:
     async def aclose(self) -> None:
         """Close everything, pools of async engines too, in their event loop."""
         await self._engines[True].aclose()
+        await self._coordinators[True].aclose()
         self.close()
 
     def __enter__(self) -> Router:

@@ -37,6 +37,7 @@ from sqlalchemy.sql.base import Executable
 
 from sqlroute import stale
 from sqlroute.asking import Asking
+from sqlroute.coordination import estimated
 from sqlroute.errors import (
     CrossShardRefused,
     MissingShardKey,
@@ -189,7 +190,11 @@ class RoutingMixin(Asking, _Base):
         options = dict(getattr(statement, "_execution_options", {}))
         described = self._router.planner.describe(statement, parameters)
         found, _ = plan(self, described, options, is_real=False)
-        return merge_of(self, described, found)[1] if found.tier is Tier.SCATTER else found
+        if found.tier is Tier.SCATTER:
+            found = merge_of(self, described, found, options, is_real=False)[1]
+        if found.tier is Tier.COORDINATOR:
+            return estimated(self, statement, parameters, found)
+        return found
 
     # the first door: execute
 

@@ -218,17 +218,40 @@ class Shard:
         return replace(self, nodes=tuple(nodes) or self.nodes[:1])
 
 
+@dataclass(frozen=True, slots=True)
+class Coordinator:
+    """Databases that see all shards of a keyspace, as partitions of foreign tables.
+
+    Attributes:
+        nodes: each has all of it; the first that answers is used.
+        max_rows: a result of more is refused.
+        timeout: seconds that a statement may take there.
+        fetch_size: rows that it takes from a shard at a time.
+        use_remote_estimate: it asks the shards what each part of a statement would cost. That is
+            some round trips per partition, and without it PostgreSQL never looks up rows by a key
+            that another table gives: a statement of 0.1 s may take minutes.
+    """
+
+    nodes: tuple[Node, ...]
+    max_rows: int = 1_000_000
+    timeout: float = 60.0
+    fetch_size: int = 10_000
+    use_remote_estimate: bool = True
+
+
 @dataclass(frozen=True)
 class Keyspace:
     """Tables that share a type of sharding key and a set of shards.
 
     Attributes:
         buckets: number of hash partitions of the key, a power of two, fixed for life.
+        coordinator: answers what cannot be merged, if there is one.
     """
 
     name: str
     shards: tuple[Shard, ...]
     buckets: int = 64
+    coordinator: Coordinator | None = None
 
     @cached_property
     def is_sharded(self) -> bool:
@@ -269,6 +292,17 @@ class Topology:
     @cached_property
     def keyspace_of_shard(self) -> Mapping[str, Keyspace]:
         return MappingProxyType({s.name: k for k in self.keyspaces for s in k.shards})
+
+    @cached_property
+    def coordinators(self) -> Topology:
+        """Return the coordinators, each as the one shard of a keyspace of its own."""
+        return Topology(
+            tuple(
+                Keyspace(k.name, (Shard(f"{k.name}-coordinator", k.coordinator.nodes),), 1)
+                for k in self.keyspaces
+                if k.coordinator is not None
+            )
+        )
 
     def nodes(self) -> Iterator[Node]:
         for keyspace in self.keyspaces:

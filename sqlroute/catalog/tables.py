@@ -51,6 +51,8 @@ _CATALOG = frozenset(
         "alembic_version",
         "bucket",
         "commit_record",
+        "coordinator",
+        "coordinator_shard",
         "journal",
         "keyspace",
         "node",

@@ -27,12 +27,14 @@ shard = typer.Typer(help="Where keys and buckets are.")
 config = typer.Typer(help="The configuration.")
 catalog = typer.Typer(help="The sqlroute schema in the databases.")
 two_phase = typer.Typer(help="Commits over several shards.")
+coordinator = typer.Typer(help="What answers that cannot be merged: PostgreSQL over all shards.")
 for group, name in (
     (local, "local"),
     (shard, "shard"),
     (config, "config"),
     (catalog, "catalog"),
     (two_phase, "2pc"),
+    (coordinator, "coordinator"),
 ):
     app.add_typer(group, name=name, no_args_is_help=True)
 operating.register(app)
@@ -55,6 +57,9 @@ Port = Annotated[int | None, typer.Option("--port", help="Of the first server; t
 PgBin = Annotated[Path | None, typer.Option("--pg-bin", help="PostgreSQL's bin directory.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="May be repeated.")
+]
+NoAnalyze = Annotated[
+    bool, typer.Option("--no-analyze", help="Do not look at the rows for statistics.")
 ]
 HERE = Path("sqlroute-local")
 
@@ -243,6 +248,53 @@ def two_phase_recover(
 
     with _router(path, context.obj) as router:
         context.obj.show(recover(router, older_than), draw.recovered)
+
+
+@coordinator.command("install")
+def coordinator_install(
+    context: typer.Context, no_analyze: NoAnalyze = False, path: Config = None, json: Json = False
+) -> None:
+    """Build the coordinators of the configuration: databases that see all shards as one."""
+    from sqlroute.cli import coordinating
+
+    settings = read_settings(path, context.obj)
+    document = coordinating.install(settings, not no_analyze, context.obj.say)
+    context.obj.show(document, draw.coordinators)
+
+
+@coordinator.command("refresh")
+def coordinator_refresh(
+    context: typer.Context, no_analyze: NoAnalyze = False, path: Config = None, json: Json = False
+) -> None:
+    """Build them anew, after a migration or when buckets have moved."""
+    from sqlroute.cli import coordinating
+
+    settings = read_settings(path, context.obj)
+    document = coordinating.refresh(settings, not no_analyze, context.obj.say)
+    context.obj.show(document, draw.coordinators)
+
+
+@coordinator.command("check")
+def coordinator_check(context: typer.Context, path: Config = None, json: Json = False) -> None:
+    """Say whether statements would be answered; exit code 3 when not."""
+    from sqlroute.cli import coordinating
+
+    document = coordinating.check(read_settings(path, context.obj))
+    context.obj.show(document, draw.coordinators)
+    raise typer.Exit(OK if document["healthy"] else UNHEALTHY)
+
+
+@coordinator.command("remove")
+def coordinator_remove(
+    context: typer.Context, yes: Yes = False, path: Config = None, json: Json = False
+) -> None:
+    """Take away what was built, passwords too; shards and databases stay."""
+    from sqlroute.cli import coordinating
+
+    settings = read_settings(path, context.obj)
+    names = ", ".join(node.name for node in settings.topology.coordinators.nodes())
+    confirm(f"drop all tables of coordinator {names}", yes, context.obj)
+    context.obj.show(coordinating.remove(settings, context.obj.say), draw.coordinators)
 
 
 @app.command()

@@ -51,6 +51,8 @@ def plan(document: Document) -> RenderableType:
     lines = [f"[bold]{document['tier']}[/] ({document['kind']})"]
     if document["epoch"]:
         lines[0] += f", shard map of epoch {document['epoch']}"
+    for number, name in enumerate(document["coordinators"]):
+        lines.append(f"  {'or ' if number else ''}on [cyan]{escaped(name)}[/]")
     for target in document["targets"]:
         mode = "in the transaction" if target["in_transaction"] else "autocommit"
         where = f"{target['shard']}: {target['role']} {target['node']}, {mode}"
@@ -99,6 +101,20 @@ def config(document: Document) -> RenderableType:
         )
     lines.append(f"  consistency {document['policy']['consistency']}, "
                  f"max_lag {document['policy']['max_lag']:g} s")  # fmt: skip
+    return stacked(*lines)
+
+
+def coordinators(document: Document) -> RenderableType:
+    table = new_table("coordinator", "keyspace", "epoch", "tables", "built at")
+    lines: list[Any] = [table]
+    for found in document["coordinators"]:
+        names = ("node", "keyspace", "epoch", "tables", "built_at")
+        table.add_row(*(_text(found[name] or None) for name in names))
+        lines += [
+            f"[yellow]left out:[/] {escaped(name)}: {escaped(why)}"
+            for name, why in found["left_out"].items()
+        ]
+        lines += [f"[red]{escaped(fault)}[/]" for fault in found["faults"]]
     return stacked(*lines)
 
 

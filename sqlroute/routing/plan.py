@@ -15,6 +15,7 @@ class Tier(Enum):
     SCATTER = "scatter"
     SPLIT = "split"  # rows of one INSERT, each to its own shard
     BROADCAST = "broadcast"  # a reference table is written on every shard
+    COORDINATOR = "coordinator"  # PostgreSQL answers, over foreign tables on all shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Plan:
         reasons: why, in the order in which it was decided.
         merge: how the answers of several shards become one, as words.
         rows: for SPLIT, the indexes of the rows of each target.
+        coordinators: for COORDINATOR, the nodes that may answer, in the order in which they are
+            tried; the targets are what they read.
     """
 
     tier: Tier
@@ -73,6 +76,7 @@ class Plan:
     reasons: tuple[str, ...]
     merge: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
+    coordinators: tuple[str, ...] = ()
 
     @property
     def target(self) -> Target:
@@ -89,6 +93,7 @@ class Plan:
             "tier": self.tier.value,
             "kind": self.kind,
             "epoch": self.epoch,
+            "coordinators": list(self.coordinators),
             "targets": [
                 {
                     "shard": target.shard,
@@ -105,6 +110,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"{self.tier.value} ({self.kind})"]
+        lines += [f"  on {name}" for name in self.coordinators[:1]]
+        lines += [f"  or on {name}" for name in self.coordinators[1:]]
         lines += [f"  -> {target}" for target in self.targets]
         lines += [f"  merge: {step}" for step in self.merge]
         lines += [f"  because {reason}" for reason in self.reasons]

@@ -23,6 +23,7 @@ from sqlroute.errors import (
     PlanError,
     ShardMapUnavailable,
 )
+from sqlroute.routing.coordinated import coordinated
 from sqlroute.routing.functions import BUILT_IN, Functions
 from sqlroute.routing.hashing import bucket_of
 from sqlroute.routing.keys import Bind, Values, stored
@@ -65,6 +66,7 @@ class Shape:
         reads_entities: rows may hold ORM entities, which must carry their shard as identity token.
         key: the one parameter that places every table of it, if it is as simple as that.
         merge: how its answers merge, made when it is first scattered.
+        unmerged: why they do not, as (clause, why), if so.
         plans: of one shard, by (target, epoch, kind): they differ in nothing else.
         code_points: the collation it was made for.
         functions: what was known when its functions decided its kind, ``None`` if it calls none.
@@ -75,6 +77,7 @@ class Shape:
     reads_entities: bool = True
     key: Bind | None = None
     merge: MergeShape | None = None
+    unmerged: tuple[str, str] | None = None
     code_points: bool = False
     functions: Functions | None = None
     plans: dict[tuple[Target, int, Kind], Plan] = field(default_factory=dict)
@@ -179,12 +182,16 @@ class Planner:
         from sqlroute.routing.rewrite import analyse, rewritten  # the largest part, if ever needed
 
         shape, statement = described.shape, described.statement
-        if shape.merge is None or shape.code_points != code_points:
-            shape.merge = analyse(statement, text_order_is_code_point=code_points)
-            shape.code_points = code_points
         parameters = described.parameters
         given = parameters if isinstance(parameters, Mapping) else None
-        result = rewritten(statement, shape.merge, given)
+        try:
+            if shape.merge is None or shape.code_points != code_points:
+                shape.merge = analyse(statement, text_order_is_code_point=code_points)
+                shape.code_points = code_points
+            result = rewritten(statement, shape.merge, given)
+        except CrossShardRefused as refused:
+            shape.unmerged = refused.clause, refused.why
+            raise
         return result, replace(found, merge=result.spec.describe())
 
 
@@ -241,6 +248,22 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
         Unproven: replicas must be asked first (only when the situation allows to wait).
     """
     statement = described.shape.statement
+    try:
+        return _by_shards(described, situation, rng)
+    except CrossShardRefused as refused:
+        if situation.demand.shard is not None or not statement.keyspace.is_sharded:
+            raise
+        shard_map = map_of(situation, statement.keyspace)
+        return coordinated(statement, described.statement, situation, shard_map, refused)
+
+
+def _by_shards(described: Described, situation: Situation, rng: Random) -> Plan:
+    """Plan for the shards alone.
+
+    Raises: as :func:`plan`, and
+        CrossShardRefused: it has no exact answer there, or the caller wants the coordinator's.
+    """
+    statement = described.shape.statement
     keyspace = statement.keyspace
     kind = kind_of(statement, situation)
     if not keyspace.is_sharded:
@@ -248,6 +271,8 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
         _check_named(situation, keyspace)
         target = target_of(shard, kind, situation, rng)
         return _single(described, target, kind, 0, statement.reasons)
+    if situation.demand.by_coordinator:
+        raise CrossShardRefused("sqlroute_tier", "the caller wants the coordinator to answer")
     shard_map = map_of(situation, keyspace)
     found = _keyed(described, situation, shard_map, kind, rng)
     if found is not None:
@@ -261,6 +286,8 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
     if statement.placement is Placement.ANYWHERE:
         targets = tuple(target_of(shard, Kind.WRITE, situation, rng) for shard in shards)
         return Plan(Tier.BROADCAST, targets, kind.value, epoch, reasons)
+    if described.shape.unmerged is not None and keyspace.coordinator is not None:
+        raise CrossShardRefused(*described.shape.unmerged)
     targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
     return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons)
 

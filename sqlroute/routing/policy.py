@@ -74,6 +74,7 @@ class Demand:
         shard: the shard that the caller named, if any.
         role: PRIMARY to read from the primary; REPLICA where the caller vouches that what cannot
             be proved to be a read is one.
+        by_coordinator: the caller wants the coordinator to answer.
         snapshot: an isolation level that holds a snapshot was asked for, which a read in
             AUTOCOMMIT does not: so it needs a transaction.
     """
@@ -83,6 +84,7 @@ class Demand:
     shard: str | None = None
     role: Role | None = None
     snapshot: str | None = None
+    by_coordinator: bool = False
 
     @property
     def only_reads(self) -> bool:
@@ -119,6 +121,17 @@ def role_named(name: Any) -> Role:
     if name in (Role.PRIMARY.value, Role.REPLICA.value):
         return Role(name)
     raise UnknownName(f"unknown role {name!r}; known: primary, replica")
+
+
+def tier_named(name: Any) -> bool:
+    """Say that a tier was named; only the coordinator can be asked for.
+
+    Raises:
+        UnknownName: there is none of that name, or none that may be named.
+    """
+    if name == "coordinator":
+        return True
+    raise UnknownName(f"unknown tier {name!r}; sqlroute_tier may be: coordinator")
 
 
 def _named(kind: type[_Named], name: Any, what: str) -> _Named:
@@ -169,6 +182,8 @@ class Policy:
             may be promoted at this moment.
         max_held: write transactions of a process that wait for a shard while an operation holds it;
             what comes beyond these is refused at once.
+        no_scatter: statements on several shards are not merged but refused.
+        no_coordinator: nothing is sent to a coordinator; what only that could answer is refused.
         deadline: of sessions that name none: how long each may wait in all; ``None`` for no limit.
         allow_functions: names of functions that are reads, whatever ``pg_proc`` says: ``f`` in any
             schema, or ``schema.f``.
@@ -197,6 +212,8 @@ class Policy:
     connect_timeout: float = 5.0
     primary_wait: float = 5.0
     max_held: int = 1000
+    no_scatter: bool = False
+    no_coordinator: bool = False
     deadline: float | None = None
     allow_functions: tuple[str, ...] = ()
     deny_functions: tuple[str, ...] = ()

@@ -169,12 +169,7 @@ def target_of(shard: str, kind: Kind, situation: Situation, rng: Random) -> Targ
     tie = affinity.of(shard)
     if tie.token is not None:
         _check_token(tie.token, situation)
-    if affinity.setting is not None and affinity.setting != shard:
-        raise CrossShardRefused(
-            "SET",
-            f"a setting was sent by hand to shard {affinity.setting} in this transaction, and "
-            f"shard {shard} does not have it; use session.settings(...), which travels",
-        )
+    _check_setting(shard, affinity)
     if tie.pinned is not None:
         where = "the primary" if not affinity.read_only else "this node"
         reason = f"the transaction is open on {where}"
@@ -320,6 +315,33 @@ def _check_token(token: Position, situation: Situation) -> None:
             shard=token.shard,
             timeline=token.timeline,
             fork=end,
+        )
+
+
+def read_beside(shard: str, situation: Situation, reason: str) -> Target:
+    """Return the primary of a shard for a read that the session's transaction has no part in.
+
+    Raises: as :func:`target_of`.
+    """
+    token = situation.affinity.of(shard).token
+    if token is not None:
+        _check_token(token, situation)
+    _check_setting(shard, situation.affinity)
+    node = _primary(shard, situation)
+    return made(shard, node, True, False, reason, True, situation.health.of(node).life)
+
+
+def _check_setting(shard: str, affinity: Affinity) -> None:
+    """Refuse a shard that lacks a setting which was sent to another one.
+
+    Raises:
+        CrossShardRefused: the way out is in it.
+    """
+    if affinity.setting is not None and affinity.setting != shard:
+        raise CrossShardRefused(
+            "SET",
+            f"a setting was sent by hand to shard {affinity.setting} in this transaction, and "
+            f"shard {shard} does not have it; use session.settings(...), which travels",
         )
 
 

@@ -23,7 +23,14 @@ from sqlroute.runtime.commit import CommitGroup, group_of, is_lost
 from sqlroute.runtime.limits import Connecting, Limit, limited, waiting
 from sqlroute.runtime.scatter import Branch
 from sqlroute.runtime.settings import UNSETTLED
-from sqlroute.runtime.wire import driver_of, execute_opening, is_in_pipeline, opens
+from sqlroute.runtime.wire import (
+    cannot_surround,
+    driver_of,
+    execute_opening,
+    is_in_pipeline,
+    is_surrounded,
+    opens,
+)
 
 DRIVERNAME = "postgresql+sqlroute"
 
@@ -101,13 +108,17 @@ class _Doors(PGDialect_psycopg):
         return connect(async_creator_fn=partial(_connect, self.connecting))
 
     def do_execute(self, cursor: Any, statement: Any, parameters: Any, context: Any = None) -> None:
-        if isinstance(branch := getcurrent(), Branch):
+        driver = driver_of(cursor)
+        surrounded = is_surrounded(driver)
+        if not surrounded and isinstance(branch := getcurrent(), Branch):
             branch.call(cursor, cursor.execute, statement, parameters)
             return
-        driver = driver_of(cursor)
         execute = cursor.execute
-        if parameters and opens(cursor, driver):
+        # without parameters a text may be several commands, unless one is all that is allowed
+        if (parameters or surrounded) and opens(cursor, driver):
             execute = partial(execute_opening, driver, cursor)
+        elif surrounded:
+            raise cannot_surround()
         limit = getattr(driver, "sqlroute_limit", None)
         if limit is None:
             execute(statement, parameters)
@@ -115,15 +126,21 @@ class _Doors(PGDialect_psycopg):
             limited(driver, limit, execute, statement, parameters)
 
     def do_execute_no_params(self, cursor: Any, statement: Any, context: Any = None) -> None:
+        driver = driver_of(cursor)
+        if is_surrounded(driver):
+            raise cannot_surround()
         if isinstance(branch := getcurrent(), Branch):
             branch.call(cursor, cursor.execute, statement)
         else:
-            _limited(driver_of(cursor), cursor.execute, statement)
+            _limited(driver, cursor.execute, statement)
 
     def do_executemany(
         self, cursor: Any, statement: Any, parameters: Any, context: Any = None
     ) -> None:
-        _limited(driver_of(cursor), cursor.executemany, statement, parameters)
+        driver = driver_of(cursor)
+        if is_surrounded(driver):
+            raise cannot_surround()
+        _limited(driver, cursor.executemany, statement, parameters)
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         driver = self.get_driver_connection(dbapi_connection)

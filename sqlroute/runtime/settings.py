@@ -189,10 +189,15 @@ class Block:
 
 def with_begin(settings: Mapping[str, str]) -> str:
     """Return one simple query that begins a read-only transaction and sets them, one round trip."""
+    return f"BEGIN READ ONLY; {set_locally(settings).replace('%', '%%')}"  # for the driver
+
+
+def set_locally(settings: Mapping[str, str]) -> str:
+    """Return the command that sets them in the transaction under way, for libpq itself."""
     calls = ", ".join(
-        f"set_config({_literal(name)}, {_literal(value)}, true)" for name, value in settings.items()
+        f"set_config({literal(name)}, {literal(value)}, true)" for name, value in settings.items()
     )
-    return f"BEGIN READ ONLY; SELECT {calls}"
+    return f"SELECT {calls}"
 
 
 def _in_transaction(settings: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
@@ -207,7 +212,7 @@ def _current(names: list[str]) -> tuple[str, tuple[str, ...]]:
     return f"SELECT {calls}", tuple(names)
 
 
-def _literal(text: str) -> str:
-    """Quote a text, whatever standard_conforming_strings is; % is doubled for the driver."""
-    escaped = text.replace("\\", "\\\\").replace("'", "''").replace("%", "%%")
+def literal(text: str) -> str:
+    """Quote a text, whatever standard_conforming_strings is."""
+    escaped = text.replace("\\", "\\\\").replace("'", "''")
     return f"E'{escaped}'"

@@ -11,6 +11,8 @@ Internals of psycopg used, each checked by ``tests/unit/test_psycopg_internals.p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from psycopg import Cursor, Error, Pipeline
@@ -20,6 +22,8 @@ from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from sqlalchemy.dialects.postgresql.psycopg import AsyncAdapt_psycopg_cursor
 from sqlalchemy.util import await_only
 
+from sqlroute.errors import CrossShardRefused, TooManyRows
+
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
@@ -28,12 +32,29 @@ _HAS_PIPELINES = Pipeline.is_supported()
 _CLIENT_SIDE = (Cursor, AsyncAdapt_psycopg_cursor)
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What goes out with the one statement of a transaction, in the same round trip.
+
+    Attributes:
+        before: commands between BEGIN and the statement.
+        after: a command after it; where that fails, so does the statement.
+        max_rows: an answer of more rows is refused.
+    """
+
+    before: tuple[str, ...]
+    after: str
+    max_rows: int
+
+
 class Opening(Pipeline):
     """What a connection takes for its pipeline during one statement: BEGIN goes with that.
 
     The cursor queues its commands here, as in any pipeline of psycopg's, BEGIN before them; they
     are sent, and their results awaited, when it asks for that at the end.
     """
+
+    around: Around | None = None
 
     def _sync_gen(self) -> PQGen[None]:
         """Do not wait for the answer to BEGIN."""
@@ -46,6 +67,8 @@ class Opening(Pipeline):
             Error: the first one; those of the commands after it are its consequence.
         """
         self._conn._pipeline = None  # what the cursor does later is not part of it
+        if self.around is not None:
+            self._surround(self.around)
         pgconn, queue = self.pgconn, []
         failed: Error | None = None
         pgconn.enter_pipeline_mode()
@@ -67,6 +90,17 @@ class Opening(Pipeline):
             pgconn.exit_pipeline_mode()
         if failed is not None:
             raise failed
+
+    def _surround(self, around: Around) -> None:
+        """Queue what goes with the statement: BEGIN is first in the queue, the statement last."""
+        for number, text in enumerate(around.before, 1):
+            self.command_queue.insert(number, self._command(text))
+            self.result_queue.insert(number, None)
+        self.command_queue.append(self._command(around.after))
+        self.result_queue.append(None)
+
+    def _command(self, text: str) -> partial[None]:
+        return partial(self.pgconn.send_query_params, text.encode(), None)
 
 
 def driver_of(cursor: Any) -> Any:
@@ -90,13 +124,38 @@ def opens(cursor: Any, driver: Any) -> bool:
     )
 
 
+def is_surrounded(driver: Any) -> bool:
+    """Say if something goes out with the next statement of a connection."""
+    return getattr(driver, "sqlroute_around", None) is not None
+
+
+def cannot_surround() -> CrossShardRefused:
+    """Return the error of a statement that would go out without what must go with it."""
+    return CrossShardRefused(
+        "coordinator",
+        "its check goes out with one plain statement; leave out lists of parameters and "
+        "no_parameters, and use psycopg with a libpq of version 14 or later",
+    )
+
+
 def execute_opening(driver: Any, cursor: Any, statement: Any, parameters: Any) -> None:
-    """Execute a statement with parameters, BEGIN before it, in one round trip."""
-    driver._pipeline = Opening(driver)
+    """Execute a statement with parameters, BEGIN before it, in one round trip.
+
+    Raises:
+        TooManyRows: see :class:`Around`.
+    """
+    driver._pipeline = opening = Opening(driver)
+    opening.around = around = getattr(driver, "sqlroute_around", None)
     try:
         cursor.execute(statement, parameters)
     finally:
         driver._pipeline = None  # nothing was sent, where a parameter could not be converted
+    if around is not None and cursor.rowcount > around.max_rows:
+        raise TooManyRows(
+            f"the answer has more than max_rows = {around.max_rows} rows; add a LIMIT or "
+            "conditions, or raise it in the coordinator's table of the configuration",
+            around.max_rows,
+        )
 
 
 def is_in_pipeline(driver: Any) -> bool:

@@ -24,6 +24,8 @@ ORDER = [
     {"catalog"},
     {
         "asking",
+        "coordination",
+        "identity",
         "results",
         "references",
         "stale",

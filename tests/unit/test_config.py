@@ -817,6 +817,7 @@ def test_describe_gives_json() -> None:
             {
                 "name": "shop",
                 "buckets": 4,
+                "coordinator": None,
                 "shards": [
                     {
                         "name": "s0",
@@ -842,3 +843,46 @@ def test_describe_gives_json() -> None:
         "operator": {"user": "", "password": None, "passfile": ""},
         "drivers": [],
     }
+
+
+def with_coordinator(**table: Any) -> dict[str, Any]:
+    return shop("postgresql://app@db/shop", coordinator=table)
+
+
+def test_a_coordinator_is_read() -> None:
+    source = with_coordinator(
+        nodes=["postgresql://app@c:5433/all", "postgresql://app@d/all?name=c-b"],
+        max_rows=10,
+        timeout="2min",
+    )
+
+    keyspace = load(source, environ={}).topology.default
+    assert keyspace.coordinator is not None
+    assert [node.name for node in keyspace.coordinator.nodes] == ["shop-coordinator-c:5433", "c-b"]
+    assert (keyspace.coordinator.max_rows, keyspace.coordinator.timeout) == (10, 120.0)
+    assert [node.name for node in load(source, environ={}).topology.nodes()] == ["s0-db:5432"]
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ({}, "keyspaces.shop.coordinator.nodes: is missing; a node is a text"),
+        ({"nodes": []}, "keyspaces.shop.coordinator.nodes: is empty"),
+        ({"nodes": ["x"]}, "keyspaces.shop.coordinator.nodes[0]: is no URL"),
+        ({"nodes": ["postgresql://c/x"], "max_rows": 0}, "max_rows: 0 must be at least 1"),
+        ({"nodes": ["postgresql://c/x"], "timeout": 0}, "timeout: 0 must be more than 0 seconds"),
+        ({"nodes": ["postgresql://c/x"], "fetchsize": 1}, "did you mean fetch_size?"),
+        ({"nodes": ["postgresql://db/shop"]}, "nodes[0]: the same server and database as"),
+    ],
+)
+def test_faults_of_a_coordinator_are_listed(table: dict[str, Any], fault: str) -> None:
+    assert any(fault in found for found in faults(with_coordinator(**table)))
+
+
+def test_a_tier_can_be_forbidden_from_the_environment() -> None:
+    found = load(
+        shop("postgresql://app@db/shop"),
+        environ={"SQLROUTE_POLICY__NO_SCATTER": "true", "SQLROUTE_POLICY__NO_COORDINATOR": "1"},
+    ).policy
+
+    assert (found.no_scatter, found.no_coordinator) == (True, True)

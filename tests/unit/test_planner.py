@@ -310,4 +310,5 @@ class TestNodes:
 
         assert found["tier"] == "single"
         assert found["targets"][0]["role"] == "replica"
-        assert set(found) == {"tier", "kind", "epoch", "targets", "merge", "reasons"}
+        names = {"tier", "kind", "epoch", "coordinators", "targets", "merge", "reasons"}
+        assert set(found) == names

@@ -206,3 +206,24 @@ def test_results_can_be_made_of_rows() -> None:
     assert result._unique_filter_state is None
     assert hasattr(result, "_attributes")
     assert hasattr(result._metadata, "_reduce")
+
+
+def test_loading_asks_the_identity_map_in_two_ways() -> None:
+    """Where :class:`sqlroute.identity.ByKey` fills in the shard of an object."""
+    from sqlalchemy.orm import loading
+    from sqlalchemy.orm.identity import IdentityMap, _WeakInstanceDict
+
+    source = inspect.getsource(loading._instance_processor)
+    assert "session_identity_map = context.session.identity_map" in source
+    assert "session_identity_map.get(identitykey)" in source
+    assert "session_identity_map._add_unpresent(state, identitykey)" in source
+    assert source.count("session_identity_map") == 4  # and to note what is unchanged
+    assert parameters(_WeakInstanceDict._add_unpresent) == ["self", "state", "key"]
+    assert set(vars(IdentityMap())) == {"_dict", "_modified", "_wr"}
+
+
+def test_rows_become_objects_at_once_where_that_is_asked_for() -> None:
+    """While the identity map is another."""
+    from sqlalchemy.orm import loading
+
+    assert 'execution_options.get("prebuffer_rows"' in inspect.getsource(loading.instances)

@@ -1,0 +1,79 @@
+"""Give objects that a coordinator has loaded the shard they belong to: its rows do not say it.
+
+The primary key of a sharded table contains its shard key, so the key of an object says where its
+row is. SQLAlchemy looks for each row's object in the identity map, and puts a new one there: both
+go through :class:`ByKey` while rows of a coordinator become objects, which finds the identity token
+of the shard in the place of :data:`BY_KEY`. So an object that is there already is found, and a new
+one is refreshed, lazily loaded and flushed on its own shard.
+
+SQLAlchemy internals used, checked by ``tests/unit/test_sqlalchemy_internals.py``: the attributes of
+``IdentityMap``, and that loading asks it by ``get`` and ``_add_unpresent`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm import Mapper, class_mapper
+from sqlalchemy.orm.identity import _WeakInstanceDict
+
+from sqlroute.errors import CrossShardRefused
+from sqlroute.routing.declare import Reference, declaration
+
+if TYPE_CHECKING:
+    from sqlroute.session import RoutingMixin
+
+BY_KEY = "?"
+"""The identity token of rows whose shard their key tells. No shard has this name."""
+
+
+class ByKey(_WeakInstanceDict):
+    """An identity map over another one's content, which fills in tokens."""
+
+    def __init__(self, session: RoutingMixin, content: Any) -> None:
+        self._dict, self._modified, self._wr = content._dict, content._modified, content._wr
+        self._session = session
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the object of a key, whichever shard it is on."""
+        if key[2] != BY_KEY:
+            return super().get(key, default)
+        if None in key[1]:  # of an outer join
+            return default
+        return super().get(self._of_shard(key), default)
+
+    def _add_unpresent(self, state: Any, key: Any) -> None:
+        if key[2] == BY_KEY:
+            key = self._of_shard(key)
+            state.key, state.identity_token = key, key[2]
+        super()._add_unpresent(state, key)
+
+    def _of_shard(self, key: Any) -> Any:
+        mapper: Mapper[Any] = class_mapper(key[0])
+        tokens = self._session._tokens_of(mapper, key[1])
+        keys = [(key[0], key[1], token) for token in tokens]
+        if len(keys) > 1 and not _is_reference(mapper):
+            raise CrossShardRefused(
+                f"entity {mapper.class_.__name__}",
+                "its primary key does not contain the shard key, so the shard of an object that "
+                "the coordinator has read is not known; select its columns instead",
+            )
+        return next((known for known in keys if known in self), keys[0])
+
+
+def _is_reference(mapper: Mapper[Any]) -> bool:
+    table: Any = mapper.local_table
+    return hasattr(table, "info") and isinstance(declaration(table), Reference)
+
+
+@contextmanager
+def tokens_by_key(session: Any) -> Iterator[None]:
+    """Let objects that are loaded meanwhile under :data:`BY_KEY` have their shard's token."""
+    own = session.identity_map
+    session.identity_map = ByKey(session, own)
+    try:
+        yield
+    finally:
+        session.identity_map = own
