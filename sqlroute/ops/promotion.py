@@ -321,6 +321,10 @@ class Promotion:
                 f"`sqlroute rejoin {former}`",
             )
         self.records.end(self._candidate, "done", self.report().document())
+        # until a checkpoint the control file has the old timeline: should the new primary crash
+        # now, pg_rewind of 15 takes it for one that was never promoted, and fails
+        with contextlib.suppress(OperationFailed):
+            self._candidate.checkpoint(max(60.0, self.wishes.timeout))
         return {}
 
     # inside

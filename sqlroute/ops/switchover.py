@@ -80,7 +80,7 @@ class Switchover(Promotion):
             OperationFailed: the candidate is, or becomes, the primary; or it cannot be done now.
         """
         change = self.change
-        if not self._is_ours and is_promoting(self.shard, change.candidate):
+        if not self._is_ours and is_promoting(self.shard, change.candidate, change.former):
             raise OperationFailed(
                 f"{change.candidate} is the primary of shard {change.shard}, or becomes it: the "
                 f"operation can only be finished; run `sqlroute op resume {change.operation}`",
@@ -353,8 +353,10 @@ def switchover(shard: ShardServers, plan: Plan, told: Told = tell_nobody) -> Rep
     return run.finish(iter(plan.steps))
 
 
-def is_promoting(shard: ShardServers, candidate: str) -> bool:
+def is_promoting(shard: ShardServers, candidate: str, former: str) -> bool:
     """Say if a standby was asked to promote: a request may be on its way for a moment.
+
+    One that is down was not, if its control file is that of a standby: its next start is made one.
 
     Raises:
         OperationFailed: it does not answer, so that nobody can say.
@@ -363,9 +365,14 @@ def is_promoting(shard: ShardServers, candidate: str) -> bool:
     try:
         return _is_asked(server)
     except Unreachable as error:
-        driver = shard.driver(candidate, Ability.CONTROL)
+        driver = shard.driver(candidate, Ability.CONTROL, Ability.CONFIGURE)
         if driver is not None and is_down(driver):
-            return driver.control().state not in IN_RECOVERY
+            if driver.control().state not in IN_RECOVERY:
+                return True
+            # killed in the middle of its promotion it has lost standby.signal already
+            slot = driver.settings().get("primary_slot_name")
+            driver.make_standby(rejoining.conninfo(shard, candidate, former), slot)
+            return False
         raise OperationFailed(
             f"{error}: nobody can say whether it was asked to promote; start it, then try again"
         ) from error
