@@ -30,11 +30,11 @@ from sqlalchemy.sql.elements import (
     UnaryExpression,
     WithinGroup,
 )
-from sqlalchemy.sql.expression import and_, cast
+from sqlalchemy.sql.expression import and_, cast, literal
 from sqlalchemy.sql.functions import FunctionElement
 
 from sqlroute.errors import CrossShardRefused
-from sqlroute.routing.combining import LISTS, REGRESSIONS, SPREADS, AggregateKind
+from sqlroute.routing.combining import LISTS, OBJECTS, REGRESSIONS, SPREADS, AggregateKind
 from sqlroute.routing.families import (
     bare,
     inside,
@@ -58,14 +58,13 @@ _KINDS = {
     "stddev": _KIND.STDDEV_SAMP,
     "aggregate_strings": _KIND.STRING_AGG,  # SQLAlchemy's name of string_agg
     "jsonb_agg": _KIND.JSON_AGG,
-    "jsonb_object_agg": _KIND.JSON_OBJECT_AGG,
 }
 _IDEMPOTENT = frozenset(
     {_KIND.MIN, _KIND.MAX, _KIND.BOOL_AND, _KIND.BOOL_OR, _KIND.BIT_AND, _KIND.BIT_OR}
 )
 _ARGUMENTS = {
     _KIND.STRING_AGG: 2,
-    _KIND.JSON_OBJECT_AGG: 2,
+    **dict.fromkeys(OBJECTS, 2),
     _KIND.REGR_COUNT: 2,
     **dict.fromkeys(REGRESSIONS, 2),
 }
@@ -278,10 +277,10 @@ def _over_rows(call: Call, name: str, *arguments: Any, ordered: bool = False) ->
     if call.kind is _KIND.STRING_AGG:  # it passes over NULL
         is_value = call.arguments[0].is_not(None)
         criterion = is_value if criterion is None else and_(criterion, is_value)
-    if criterion is not None:
-        found = found.filter(criterion)
     if ordered and call.order:
         found = AggregateOrderBy(found, *call.order)
+    if criterion is not None:
+        found = found.filter(criterion)
     return found  # type: ignore[no-any-return]
 
 
@@ -322,9 +321,21 @@ def _distances(call: Call) -> ColumnElement[Any]:
 
 def _list(call: Call) -> ColumnElement[Any]:
     value: Any = call.arguments[0]
-    if call.kind is _KIND.JSON_OBJECT_AGG:
+    if call.kind in OBJECTS:
         value = cast(value, types.Text())
     return _over_rows(call, "array_agg", value, ordered=True)
+
+
+def _second(call: Call) -> ColumnElement[Any]:
+    name = "jsonb_agg" if call.kind is _KIND.JSONB_OBJECT_AGG else "json_agg"
+    return _over_rows(call, name, call.arguments[1], ordered=True)
+
+
+def _separator(call: Call) -> Any:
+    bind: Any = bare(call.arguments[1])
+    if _name(call.function) == "aggregate_strings":  # SQLAlchemy renders its value into the SQL
+        return literal(bind.value, types.Text())
+    return bind
 
 
 _PARTIALS: dict[Form, Callable[[Call], ColumnElement[Any]]] = {
@@ -339,8 +350,8 @@ _PARTIALS: dict[Form, Callable[[Call], ColumnElement[Any]]] = {
     Form.YY: _of_pairs("regr_syy"),
     Form.XY: _of_pairs("regr_sxy"),
     Form.LIST: _list,
-    Form.SECOND: lambda call: _over_rows(call, "json_agg", call.arguments[1], ordered=True),
-    Form.SEPARATOR: lambda call: _over_rows(call, "min", cast(call.arguments[1], types.Text())),
+    Form.SECOND: _second,
+    Form.SEPARATOR: lambda call: _over_rows(call, "min", cast(_separator(call), types.Text())),
 }
 
 

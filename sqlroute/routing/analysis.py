@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement
 
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.aggregates import (
@@ -108,7 +108,7 @@ def _rows(selection: Selection, check: Check) -> MergeShape:
         refuse_text(expression, "ORDER BY")
         sorted_by = _sort_term(selection, term, found, distinct)
         order.append(sorted_by)
-        clauses.append(_order_clause(selection, term, sorted_by.column))
+        clauses.append(_order_clause(selection, term, expression, sorted_by.column))
     keys = None if distinct is None else tuple(key for _, key in distinct)
     return MergeShape(order=tuple(order), order_clauses=tuple(clauses), distinct=keys)
 
@@ -122,7 +122,7 @@ def _sort_term(
     expression = found[2]
     if has_number_result(expression):
         return term.sorted_by(selection.column_of(found), Family.NUMBER, words(expression))
-    if distinct is not None and not selection.statement._pre_columns_clause:
+    if distinct is not None and not distinct_on(selection.statement):
         _check_selected(selection, found)
     return selection.sort_term(term, found, "ORDER BY")
 
@@ -130,7 +130,7 @@ def _sort_term(
 def _check_selected(selection: Selection, found: Found) -> None:
     """Refuse what PostgreSQL refuses; hidden behind the others it would make more rows distinct."""
     slot, _, expression = found
-    if slot is not None or distinct_on(selection.statement):
+    if slot is not None:
         return
     entity = expression._annotations.get("parententity")
     entities = [raw for raw in selection.statement._raw_columns if is_entity(raw)]
@@ -140,10 +140,21 @@ def _check_selected(selection: Selection, found: Found) -> None:
         )
 
 
-def _order_clause(selection: Selection, term: OrderTerm, column: int) -> OrderClause:
-    """Return the term that is sent: the expression, or the hidden column that repeats it."""
+def _order_clause(
+    selection: Selection, term: OrderTerm, expression: ColumnElement[Any], column: int
+) -> OrderClause:
+    """Return the term that is sent: a column, or the hidden column that repeats an expression.
+
+    By its label, because an expression with bind parameters is another one to PostgreSQL, and
+    ``random()`` another value, when it is written twice.
+    """
     hidden = None
-    if column < 0 and selection.hidden[-column - 1].form in (Form.AS_IS, Form.AS_STORED):
+    is_column = isinstance(bare(expression), ColumnClause)
+    if (
+        column < 0
+        and not is_column
+        and selection.hidden[-column - 1].form in (Form.AS_IS, Form.AS_STORED)
+    ):
         hidden = -column - 1
     return OrderClause(term.place, hidden, term.descending, term.nulls_first)
 

@@ -58,6 +58,7 @@ class AggregateKind(Enum):
     STRING_AGG = "string_agg"
     JSON_AGG = "json_agg"
     JSON_OBJECT_AGG = "json_object_agg"
+    JSONB_OBJECT_AGG = "jsonb_object_agg"
 
 
 _KIND = AggregateKind
@@ -72,7 +73,10 @@ REGRESSIONS = frozenset(
 )
 """Of two variables, in double precision."""
 
-LISTS = frozenset({_KIND.ARRAY_AGG, _KIND.STRING_AGG, _KIND.JSON_AGG, _KIND.JSON_OBJECT_AGG})
+OBJECTS = frozenset({_KIND.JSON_OBJECT_AGG, _KIND.JSONB_OBJECT_AGG})
+"""Those that make an object of two lists."""
+
+LISTS = frozenset({_KIND.ARRAY_AGG, _KIND.STRING_AGG, _KIND.JSON_AGG, *OBJECTS})
 """Those that keep every value."""
 
 _WORDS = {
@@ -279,11 +283,19 @@ def _object(keys: list[str], places: Sequence[int], state: State, others: list[i
     return {key: values[place] for key, place in zip(keys, places, strict=True)}
 
 
+def _sorted_object(keys: list[str], places: Sequence[int], state: State, others: list[int]) -> Any:
+    """Of jsonb the keys are ordered, by their length in bytes first; the last of equals stays."""
+    found = _object(keys, places, state, others)
+    encoded = sorted((key.encode() for key in found), key=lambda key: (len(key), key))
+    return {key: found[key] for key in map(bytes.decode, encoded)}
+
+
 _LISTED: dict[AggregateKind, Callable[..., Any]] = {
     _KIND.ARRAY_AGG: lambda values, *_: values,
     _KIND.JSON_AGG: lambda values, *_: values,
     _KIND.STRING_AGG: _joined,
     _KIND.JSON_OBJECT_AGG: _object,
+    _KIND.JSONB_OBJECT_AGG: _sorted_object,
 }
 
 

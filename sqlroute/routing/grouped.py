@@ -20,6 +20,7 @@ from sqlroute.routing.aggregates import (
 )
 from sqlroute.routing.combining import (
     LISTS,
+    OBJECTS,
     REGRESSIONS,
     SPREADS,
     Aggregate,
@@ -282,7 +283,7 @@ class Groups:
             return tuple(hide(place, form) for form in _PAIRS)
         if kind is _KIND.STRING_AGG:
             return hide(place, Form.LIST), hide(place, Form.SEPARATOR)
-        if kind is _KIND.JSON_OBJECT_AGG:
+        if kind in OBJECTS:
             return hide(place, Form.LIST), hide(place, Form.SECOND)
         is_shown = visible is not None and (kind in _COUNTS or _is_raw_result(call))
         return (visible if is_shown and visible is not None else hide(place, Form.AS_STORED),)
@@ -310,7 +311,7 @@ class Groups:
         if kind in _COUNTS or kind in REGRESSIONS:
             return Family.NUMBER
         assert argument is not None
-        if kind in (_KIND.JSON_AGG, _KIND.JSON_OBJECT_AGG):
+        if kind is _KIND.JSON_AGG or kind in OBJECTS:
             return Family.TEXT
         if kind in (_KIND.ARRAY_AGG, _KIND.STRING_AGG):
             return self._list_family(call, argument)

@@ -171,15 +171,12 @@ def _visible(rows: Iterable[Row], hidden: int) -> Iterator[Row]:
 
 def _alike(part: Iterable[Row], column: int, meaning: str, seen: list[Any]) -> Iterator[Row]:
     """Check the first row of a part against those of the others."""
-    rows = iter(part)
-    for row in rows:
-        if not seen:
+    for number, row in enumerate(part):
+        if number == 0:
             seen.append(row[column])
-        elif row[column] != seen[0]:
-            raise CrossShardRefused("ORDER BY", f"{meaning}; bring the shards to one schema first")
+            if row[column] != seen[0]:
+                raise CrossShardRefused("ORDER BY", f"{meaning}; bring the shards to one schema")
         yield row
-        break
-    yield from rows
 
 
 def _distinct(

@@ -265,8 +265,6 @@ def _hidden_column(statement: AnySelect, hidden: Hidden) -> ColumnElement[Any]:
 def _order_clause(
     statement: AnySelect, clause: OrderClause, columns: list[Label[Any]]
 ) -> ColumnElement[Any]:
-    # By its label, because an expression with bind parameters is another one to PostgreSQL, and
-    # random() another value, when it is written twice.
     expression: Any = (
         element_at(statement, clause.place) if clause.hidden is None else columns[clause.hidden]
     )

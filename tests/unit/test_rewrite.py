@@ -95,7 +95,7 @@ def test_other_sort_expressions_become_hidden_columns_behind_the_callers() -> No
 
     assert sql(found.statement) == (
         "SELECT flights.id, flights.delay % :delay_1 AS sqlroute_1, flights.origin AS sqlroute_2 "
-        "FROM flights ORDER BY sqlroute_1 ASC, sqlroute_2 DESC NULLS LAST"
+        "FROM flights ORDER BY sqlroute_1 ASC, flights.origin DESC NULLS LAST"
     )
     assert [term.column for term in found.spec.order] == [-2, -1]
     assert found.spec.describe() == (
