@@ -17,7 +17,7 @@ from conftest import Ran, Shop, until
 from models import Customer, Order
 from sqlalchemy import exc, func, select
 
-from sqlroute import CrossShardRefused, DeadlineExceeded, Router, RoutingSession
+from sqlroute import DeadlineExceeded, Router, RoutingSession
 from sqlroute.local.node import LocalNode
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
@@ -135,10 +135,15 @@ class TestStreams:
         session.rollback()
         assert filled.checked_out == 0
 
-    def test_several_shards_refuse_to_stream(self, filled: Shop, session: RoutingSession) -> None:
-        """Refused before anything is sent, with the way out."""
-        with pytest.raises(CrossShardRefused, match="yield_per"):
-            session.execute(select(Customer).execution_options(yield_per=2))
+    def test_several_shards_stream_in_order(self, filled: Shop, session: RoutingSession) -> None:
+        """Batches of the size that was asked for, over both shards; see ``test_streams``."""
+        statement = select(Customer.score).order_by(Customer.score)
+        streamed = session.scalars(statement, execution_options={"yield_per": 4})
+        assert [list(part) for part in streamed.partitions()] == [
+            [0, 1, 2, 3],
+            [4, 5, 6, 7],
+            [8, 9],
+        ]
 
 
 class TestErrors:
