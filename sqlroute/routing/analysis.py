@@ -58,12 +58,42 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
     if not _is_grouped(selection):
         shape = _rows(selection, selection.check_scalar)
     elif _is_grouped_by_key(selection):
-        is_local = selection.localities.is_local
-        shape = _rows(selection, lambda part, clause: check_grouped(part, clause, is_local))
+        shape = _rows(selection, _check_of_groups(selection))
     else:
         shape = Groups(selection).shape()
     hidden, alike = tuple(selection.hidden), tuple(selection.alike)
     return with_final_columns(replace(shape, hidden=hidden, alike=alike))
+
+
+def check_arm(selection: Selection, keyword: str, *, keeps_all: bool) -> None:
+    """Refuse an arm of a set operation whose rows on all shards are not its rows on one server.
+
+    Args:
+        keyword: of the set operation, to blame.
+        keeps_all: equal rows are kept, so that an arm may not make its own distinct.
+
+    Raises:
+        CrossShardRefused: it is limited, aggregates over shards, or looks beyond one.
+    """
+    statement = selection.statement
+    bounds = (statement._limit_clause, statement._offset_clause, statement._fetch_clause)
+    if any(bound is not None for bound in bounds) or distinct_on(statement):
+        raise CrossShardRefused(keyword, f"an arm of it is limited: {words(statement)}")
+    is_grouped = _is_grouped(selection)
+    if is_grouped and not _is_grouped_by_key(selection):
+        raise CrossShardRefused(keyword, f"an arm of it aggregates: {words(statement)}")
+    columns = [slot.expression for slot in selection.slots]
+    if statement._distinct and keeps_all and not selection.localities.holds_key(columns):
+        raise CrossShardRefused(keyword, f"an arm of it is DISTINCT: {words(statement)}")
+    check = _check_of_groups(selection) if is_grouped else selection.check_scalar
+    _check_columns_without_slot(selection)
+    for raw in statement._raw_columns:
+        check(raw, "select list")
+
+
+def _check_of_groups(selection: Selection) -> Check:
+    is_local = selection.localities.is_local
+    return lambda part, clause: check_grouped(part, clause, is_local)
 
 
 def _is_grouped(selection: Selection) -> bool:
@@ -105,7 +135,6 @@ def _rows(selection: Selection, check: Check) -> MergeShape:
         found = selection.named(term.target, term.place, "ORDER BY")
         expression = found[2]
         check(expression, "ORDER BY")
-        refuse_text(expression, "ORDER BY")
         sorted_by = _sort_term(selection, term, found, distinct)
         order.append(sorted_by)
         clauses.append(_order_clause(selection, term, expression, sorted_by.column))
@@ -124,6 +153,7 @@ def _sort_term(
         return term.sorted_by(selection.column_of(found), Family.NUMBER, words(expression))
     if distinct is not None and not distinct_on(selection.statement):
         _check_selected(selection, found)
+    refuse_text(expression, "ORDER BY")
     return selection.sort_term(term, found, "ORDER BY")
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.sql.elements import (
     _label_reference,
 )
 from sqlalchemy.sql.schema import Column
-from sqlalchemy.sql.selectable import Select
+from sqlalchemy.sql.selectable import GenerativeSelect, Select
 
 from sqlroute.routing.aggregates import aggregate_call, aggregates_in
 from sqlroute.routing.families import is_source
@@ -104,7 +104,7 @@ def slots(statement: AnySelect) -> Iterator[Slot]:
             index = None if index is None else index + 1
 
 
-def order_terms(statement: AnySelect) -> list[OrderTerm]:
+def order_terms(statement: GenerativeSelect) -> list[OrderTerm]:
     """Return the terms of ORDER BY."""
     clauses = items(statement._order_by_clauses, Clause.ORDER_BY)
     return [order_term(place, clause) for place, clause in clauses]

@@ -24,7 +24,12 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.sql import func
 from sqlalchemy.sql.elements import BindParameter, ColumnElement, Label
 from sqlalchemy.sql.expression import cast, extract, null, type_coerce
-from sqlalchemy.sql.selectable import CompoundSelect, Select, SelectBase
+from sqlalchemy.sql.selectable import (
+    CompoundSelect,
+    GenerativeSelect,
+    Select,
+    SelectBase,
+)
 
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.aggregates import Form, aggregate_call, partial
@@ -42,6 +47,7 @@ from sqlroute.routing.places import (
 )
 from sqlroute.routing.selection import compile_state
 from sqlroute.routing.shapes import Hidden, MergeShape, OrderClause, ValuePlace
+from sqlroute.routing.unions import union_shape
 
 _INTEGER_MAX = 2**31 - 1  # SQLAlchemy casts the bind parameter of LIMIT to integer
 
@@ -90,18 +96,20 @@ def analyse(
     Raises:
         CrossShardRefused: there is no exact merge; names the clause and the way out.
     """
+    if isinstance(statement, CompoundSelect):
+        _check_bounds(statement)
+        shape = union_shape(statement, text_order_is_code_point, scalar_functions)
+        return _with_bounds(statement, shape)
     if not isinstance(statement, Select):
-        what = "UNION" if isinstance(statement, CompoundSelect) else type(statement).__name__
-        raise CrossShardRefused(what, "only one SELECT is merged; run its parts one by one")
+        raise CrossShardRefused(type(statement).__name__, "only a SELECT is merged")
     _check_clauses(statement)
+    _check_bounds(statement)
     shape = shape_of(statement, text_order_is_code_point, scalar_functions)
-    bounds = (statement._limit_clause, statement._offset_clause, statement._fetch_clause)
-    has_limit = any(bound is not None for bound in bounds)
-    has_ties = bool((statement._fetch_clause_options or {}).get("with_ties"))
+    shape = _with_bounds(statement, shape)
     entities = bool(getattr(compile_state(statement), "multi_row_eager_loaders", False))
-    if entities and has_limit:
+    if entities and shape.has_limit:
         _check_rows_are_entities(statement)
-    shape = replace(shape, has_limit=has_limit, has_ties=has_ties, entities=entities)
+    shape = replace(shape, entities=entities)
     _check_sources(statement, shape)
     return shape
 
@@ -150,20 +158,24 @@ def rewritten(
 
 
 def _check_clauses(statement: AnySelect) -> None:
-    options = statement._fetch_clause_options or {}
-    refused: tuple[tuple[bool, str, str], ...] = (
-        (bool(_extensions(statement)), "syntax extension", "leave it out"),
-        (bool(options.get("percent")), "FETCH PERCENT", "give a number of rows"),
-        (bool(_prefixes(statement)), "prefix or suffix", "leave it out"),
-        (_ties_without_order(statement), "FETCH", "WITH TIES needs an ORDER BY"),
-    )
-    for found, clause, way_out in refused:
+    for found, clause in (
+        (_extensions(statement), "syntax extension"),
+        (_prefixes(statement), "prefix or suffix"),
+    ):
         if found:
             raise CrossShardRefused(
                 clause,
-                f"not merged across shards; {way_out}, or restrict the statement to one shard "
+                "not merged across shards; leave it out, or restrict the statement to one shard "
                 "by its key",
             )
+
+
+def _check_bounds(statement: GenerativeSelect) -> None:
+    options = statement._fetch_clause_options or {}
+    if options.get("percent"):
+        raise CrossShardRefused("FETCH PERCENT", "not merged across shards; give a number of rows")
+    if options.get("with_ties") and not statement._order_by_clauses:
+        raise CrossShardRefused("FETCH", "WITH TIES needs an ORDER BY")
     for name, bound in (
         ("LIMIT", statement._limit_clause),
         ("OFFSET", statement._offset_clause),
@@ -173,9 +185,10 @@ def _check_clauses(statement: AnySelect) -> None:
             raise CrossShardRefused(name, f"{words(bound)} is no value; use an int or a bindparam")
 
 
-def _ties_without_order(statement: AnySelect) -> bool:
-    options = statement._fetch_clause_options or {}
-    return bool(options.get("with_ties")) and not statement._order_by_clauses
+def _with_bounds(statement: GenerativeSelect, shape: MergeShape) -> MergeShape:
+    bounds = (statement._limit_clause, statement._offset_clause, statement._fetch_clause)
+    has_ties = bool((statement._fetch_clause_options or {}).get("with_ties"))
+    return replace(shape, has_limit=any(b is not None for b in bounds), has_ties=has_ties)
 
 
 def _extensions(statement: AnySelect) -> list[Any]:

@@ -737,7 +737,7 @@ READS: dict[str, tuple[str, Any]] = {
     ),
     # set operations
     "two arms, two shards": (
-        "refused",
+        "scatter",
         sa.union_all(
             sa.select(orders.c.x).where(key == 5), sa.select(items.c.x).where(other_key == 1)
         ),
