@@ -109,7 +109,7 @@ class Grammar:
         found = self.random.choices(sources, [6, 6, 6, 5, 5, 2, 3, 3, 1, 1])[0]
         if self._maybe(0.5):
             found.conditions.append(self.condition(found.columns))
-        if self._maybe(0.1):
+        if self._maybe(0.1) and own.c.id in found.identity:
             found.conditions.append(self._about_items())
         return found
 

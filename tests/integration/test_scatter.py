@@ -162,6 +162,28 @@ class TestErrors:
         for node in filled.servers.nodes:
             until(lambda n=node: not _sleeping(filled, n))
 
+    def test_a_late_cancel_hits_no_later_statement(
+        self, filled: Shop, session: RoutingSession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The shard answers before it is asked to stop; its connection is not free until then."""
+        cancel = psycopg.Connection.cancel_safe
+
+        def cancel_late(connection: Any, **options: Any) -> None:
+            time.sleep(0.5)
+            cancel(connection, **options)
+
+        monkeypatch.setattr(psycopg.Connection, "cancel_safe", cancel_late)
+        bad = Customer.id.in_(filled.keys("s0", 5))
+        divided = sa.cast(1 / func.nullif(Customer.score - Customer.score, -1), sa.Text)
+        slow = sa.cast(func.pg_sleep(0.04), sa.Text)
+        with pytest.raises(exc.DataError, match="division by zero"):
+            session.execute(select(sa.case((bad, divided), else_=slow)))
+
+        sleeps = select(func.pg_sleep(0.2), Customer.id).where(
+            Customer.id.in_(filled.keys("s1", 5))
+        )
+        assert len(session.execute(sleeps).all()) == 5
+
     def test_a_lost_cancel_costs_no_second_try(
         self, filled: Shop, session: RoutingSession, monkeypatch: pytest.MonkeyPatch
     ) -> None:
