@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean test-pg15 comparison upstream chaos
+.PHONY: demo test check bench clean test-pg15 comparison upstream chaos differential
 
 # a virtual environment with everything for development; made again when pyproject.toml changes
 $(VENV)/.installed: pyproject.toml
@@ -44,6 +44,11 @@ chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos token_reads
 	$(BIN)/python -m tests.chaos own_writes
 	$(BIN)/python -m tests.chaos requests
+
+# random queries on 1 to 4 shards against one PostgreSQL; QUERIES="5000 --seed 7" for others
+QUERIES ?= 20000
+differential: $(VENV)/.installed
+	$(BIN)/python -m tests.differential $(QUERIES)
 
 # docs/comparison.md, by running; in an environment of its own, with the peer that is compared
 COMPARISON := build/comparison

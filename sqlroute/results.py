@@ -86,11 +86,12 @@ class _Cursors:
 
 def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> IteratorResult[Any]:
     spec = rewritten.spec
-    visible = len(first.keys()) - spec.hidden
+    names = list(first._metadata._keys)  # keys() leaves out an alias without a name
+    visible = len(names) - spec.hidden
     if isinstance(first, CursorResult):  # its rows are processed when they are read: once is enough
         columns = list(rewritten.statement.selected_columns)[:visible]
         metadata: Any = SimpleResultMetaData(
-            list(first.keys())[:visible],
+            names[:visible],
             extra=[(column,) for column in columns] if len(columns) == visible else None,
         )
     else:

@@ -5,6 +5,7 @@ A run is known by its seed: the same seed makes the same worlds, rows and querie
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ class Report:
     """What a run has found.
 
     Attributes:
-        refused: refusals by their clause.
+        refused: refusals by their clause and reason.
         failed: queries that both sides gave an error for.
         different: evidence.
     """
@@ -120,7 +121,7 @@ def _compare(report: Report, query: Query, session: Any, plain: Any) -> None:
     try:
         found = _answer(session, query)
     except CrossShardRefused as refused:
-        report.refused[refused.clause] += 1
+        report.refused[_reason(refused)] += 1
         session.rollback()
         return
     if isinstance(expected, str) and isinstance(found, str):
@@ -130,6 +131,12 @@ def _compare(report: Report, query: Query, session: Any, plain: Any) -> None:
     else:
         report.compared += 1
         report.scattered += session.explain(query.statement).tier.value == "scatter"
+
+
+def _reason(refused: CrossShardRefused) -> str:
+    """Return why, without what: the message tells the expression before its last colon."""
+    why = re.sub(r".+ it needs", "it needs", str(refused).rpartition(": ")[2])
+    return f"{refused.clause}: {re.sub(r'[a-z]+[0-9]+[.a-z0-9_]*', '...', why).partition(';')[0]}"
 
 
 def _answer(session: Any, query: Query) -> Any:

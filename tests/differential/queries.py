@@ -318,7 +318,7 @@ class Grammar:
             (func.percentile_disc(0.5).within_group(integer), exactly),
         ]
         call, how = self.random.choice(found)
-        if self._maybe(0.15) and hasattr(call, "filter"):
+        if self._maybe(0.15) and getattr(call, "name", None) != "coalesce":
             call = call.filter(self.condition(source.columns))
         return call, how
 

@@ -44,7 +44,6 @@ TYPES: dict[str, Type] = {
     "real": (sa.Double, [-1.5, -0.25, 0.0, 0.5, 2.0, float("nan"), float("inf"), float("-inf")]),
     "text": (sa.Text, ["", "a", "A", "B", "a b", "é", "z", "10", "9", "日"]),
     "short": (lambda: sa.String(8), ["", "a", "b", "B ", "x"]),
-    "worded": (lambda: sa.Text(collation="unicode"), ["a", "A", "b", "é", "_"]),
     "padded": (lambda: sa.CHAR(3), ["a", "b", "ab"]),
     "flag": (sa.Boolean, [True, False]),
     "day": (sa.Date, [dt.date(2024, 2, 27) + dt.timedelta(days=n) for n in range(4)]),
