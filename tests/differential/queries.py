@@ -34,7 +34,7 @@ def by_value(value: Any) -> Any:
 def nearly(value: Any) -> Any:
     """Of sums of floats the last digits hang on the order of the rows."""
     if isinstance(value, float) and math.isfinite(value):
-        return "float", round(value, 9 - math.ceil(math.log10(abs(value) or 1)))
+        return "float", float(f"{value:.7e}") if abs(value) > 1e-9 else 0.0
     return exactly(value)
 
 
@@ -288,6 +288,7 @@ class Grammar:
         column = self.random.choice(source.columns)
         number = self._number(source, NUMBERS)
         integer = self._number(source, INTEGERS)
+        few, other = (self._number(source, _NARROW) for _ in range(2))
         inside = [self._turned(self.random.choice(source.columns)), *source.identity]
         scalar = self.random.choice([c for c in source.columns if self._kind(c) != "mood"])
         text = sa.cast(self.random.choice(source.columns), sa.Text)
@@ -302,7 +303,7 @@ class Grammar:
             (func.min(column), by_value),
             (func.max(column), by_value),
             (getattr(func, self.random.choice(_SPREADS))(number), near),
-            (getattr(func, self.random.choice(_PAIRS))(number, integer), nearly),
+            (getattr(func, self.random.choice(_PAIRS))(few, other), nearly),
             (getattr(func, self.random.choice(_BITS))(integer), exactly),
             (getattr(func, self.random.choice(_BOOLEANS))(self.condition(source.columns)), exactly),
             (func.array_agg(scalar).aggregate_order_by(*inside), exactly),
@@ -318,7 +319,8 @@ class Grammar:
             (func.percentile_disc(0.5).within_group(integer), exactly),
         ]
         call, how = self.random.choice(found)
-        if self._maybe(0.15) and getattr(call, "name", None) != "coalesce":
+        is_aggregate = hasattr(call, "filter") and getattr(call, "name", None) != "coalesce"
+        if self._maybe(0.15) and is_aggregate:
             call = call.filter(self.condition(source.columns))
         return call, how
 
@@ -369,6 +371,7 @@ class Grammar:
         return self.random.random() < share
 
 
+_NARROW = ("small", "price", "real")  # of values so unlike that nothing is left of their digits
 _SPREADS = ("stddev", "stddev_pop", "variance", "var_pop", "var_samp", "stddev_samp")
 _PAIRS = (
     "covar_pop", "covar_samp", "corr", "regr_count", "regr_avgx", "regr_avgy", "regr_sxx",
