@@ -61,8 +61,13 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
         shape = _rows(selection, _check_of_groups(selection))
     else:
         shape = Groups(selection).shape()
-    hidden, alike = tuple(selection.hidden), tuple(selection.alike)
-    return with_final_columns(replace(shape, hidden=hidden, alike=alike))
+    shape = replace(
+        shape,
+        hidden=tuple(selection.hidden),
+        alike=tuple(selection.alike),
+        entities=bool(getattr(selection.state, "multi_row_eager_loaders", False)),
+    )
+    return with_final_columns(shape)
 
 
 def check_arm(selection: Selection, keyword: str, *, keeps_all: bool) -> None:

@@ -45,7 +45,7 @@ from sqlroute.routing.places import (
     parameters_of,
     sort_value_at,
 )
-from sqlroute.routing.selection import compile_state
+from sqlroute.routing.selection import sources
 from sqlroute.routing.shapes import Hidden, MergeShape, OrderClause, ValuePlace
 from sqlroute.routing.unions import union_shape
 
@@ -106,10 +106,8 @@ def analyse(
     _check_bounds(statement)
     shape = shape_of(statement, text_order_is_code_point, scalar_functions)
     shape = _with_bounds(statement, shape)
-    entities = bool(getattr(compile_state(statement), "multi_row_eager_loaders", False))
-    if entities and shape.has_limit:
+    if shape.entities and shape.has_limit:
         _check_rows_are_entities(statement)
-    shape = replace(shape, entities=entities)
     _check_sources(statement, shape)
     return shape
 
@@ -217,7 +215,7 @@ def _check_sources(statement: AnySelect, shape: MergeShape) -> None:
         return
     inner = statement.order_by(None).limit(None).offset(None)
     widened = inner.add_columns(*_hidden_columns(statement, shape))
-    if len(widened.get_final_froms()) != len(inner.get_final_froms()):
+    if len(sources(widened)) != len(sources(inner)):
         raise CrossShardRefused(
             "FROM", "ORDER BY or GROUP BY names a table that is not in FROM; use select_from()"
         )

@@ -18,6 +18,7 @@ from sqlalchemy.sql.elements import (
     _textual_label_reference,
 )
 from sqlalchemy.sql.schema import Column, Table
+from sqlalchemy.sql.selectable import FromClause
 
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.aggregates import Form, check_scalar
@@ -71,9 +72,7 @@ class Selection:
     @cached_property
     def localities(self) -> Localities:
         """The shard keys of its FROM."""
-        core = getattr(self.state, "statement", self.statement)  # what the ORM has made of it
-        state = self.state if core is self.statement else compile_state(core)
-        return Localities(state._get_display_froms())
+        return Localities(_sources(self.statement, self.state))
 
     def check_scalar(self, expression: Any, clause: str) -> None:
         """Refuse what is not computed from rows of one shard, see :func:`check_scalar`."""
@@ -154,6 +153,19 @@ class Selection:
         raise CrossShardRefused(
             clause, f"{name!r} names no column of a table; give the expression instead of its name"
         )
+
+
+def sources(statement: AnySelect) -> list[FromClause]:
+    """Return the FROM elements of a SELECT, as they will be rendered."""
+    return _sources(statement, compile_state(statement))
+
+
+def _sources(statement: AnySelect, state: Any) -> list[FromClause]:
+    core = getattr(state, "statement", statement)  # what the ORM has made of it
+    found: list[FromClause] = (
+        state if core is statement else compile_state(core)
+    )._get_display_froms()
+    return found
 
 
 def compile_state(statement: AnySelect) -> Any:
