@@ -193,7 +193,7 @@ class Groups:
         call = aggregate_call(expression)
         if call is not None:
             aggregate = self.aggregate_of(expression, call, place)
-            family = self._comparable(expression, call)
+            family = self.comparable(expression, call)
             return term.sorted_by(aggregate.value, family, words(expression))
         if is_aggregated(expression):
             reader = self._reader(place, expression, "ORDER BY")
@@ -214,7 +214,7 @@ class Groups:
             call = aggregate_call(expression)
             if call is not None:
                 column = self.aggregate_of(expression, call, slot.place).value
-                family = self._comparable(expression, call)
+                family = self.comparable(expression, call)
             elif is_aggregated(expression):
                 raise CrossShardRefused("DISTINCT", f"{words(expression)} is computed by the merge")
             else:
@@ -236,13 +236,15 @@ class Groups:
                 return aggregate
         return self._aggregate(expression, call, place, None)
 
-    def _comparable(self, expression: ColumnElement[Any], call: Call) -> Family:
-        family = self.family_of(call)
-        if call.kind in LISTS and call.kind is not _KIND.STRING_AGG:
-            raise CrossShardRefused(call.name, f"{words(expression)} is not compared")
-        if call.kind is _KIND.STRING_AGG:
+    def comparable(self, expression: ColumnElement[Any], call: Call) -> Family:
+        """Return the order of an aggregate's results, which something is compared with.
+
+        Raises:
+            CrossShardRefused: they are lists, which Python orders differently.
+        """
+        if call.kind in LISTS:
             raise CrossShardRefused(call.name, f"{words(expression)} is not compared; use min()")
-        return family
+        return self.family_of(call)
 
     def _aggregate(
         self, expression: ColumnElement[Any], call: Call, place: Place, visible: int | None
@@ -400,7 +402,7 @@ class _Columns:
             i for i, found in enumerate(self._aggregates) if bare(found) is bare(aggregate)
         )
         found = self._groups.aggregate_of(aggregate, call, self._place.inner(number))
-        return found.value, self._groups._comparable(aggregate, call)
+        return found.value, self._groups.comparable(aggregate, call)
 
     def of_key(self, expression: ColumnElement[Any], clause: str) -> tuple[int, Family] | None:
         key = self._groups.key_of(expression)

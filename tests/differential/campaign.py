@@ -148,7 +148,7 @@ def _answer(session: Any, query: Query) -> Any:
         session.rollback()
         return str(getattr(error.orig, "sqlstate", error))
     shown = [tuple(how(value) for how, value in zip(query.hows, row, strict=True)) for row in rows]
-    return names, shown if query.is_total else Counter(map(repr, shown))
+    return names, shown if query.is_total else Counter(shown)
 
 
 def _evidence(report: Report, query: Query, session: Any, found: Any, expected: Any) -> str:

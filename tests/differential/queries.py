@@ -39,7 +39,7 @@ def nearly(value: Any) -> Any:
 
 
 def in_any_order(value: Any) -> Any:
-    return type(value).__name__, sorted(map(repr, value or ()))
+    return type(value).__name__, tuple(sorted(map(repr, value or ())))
 
 
 @dataclass
@@ -104,7 +104,11 @@ class Grammar:
             Source(own.join(kind, kind.c.code == own.c.own_kind), o + k, [own.c.id]),
             Source(own.outerjoin(kind, kind.c.code == own.c.own_kind), o + k, [own.c.id]),
             Source(kind.outerjoin(own, kind.c.code == own.c.own_kind), o + k, [own.c.id]),
-            Source(own.join(item, item.c.n == own.c.own_kind), o + i, [own.c.id, item.c.n]),
+            Source(
+                own.join(item, item.c.n == own.c.own_kind),
+                o + i,
+                [own.c.id, item.c.n, item.c.own_id],
+            ),
         ]
         found = self.random.choices(sources, [6, 6, 6, 5, 5, 2, 3, 3, 1, 1])[0]
         if self._maybe(0.5):
