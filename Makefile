@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-TARGETS := demo test check bench clean test-pg15 comparison upstream chaos
+TARGETS := demo test check bench clean test-pg15 comparison upstream chaos differential
 .PHONY: $(TARGETS)
 
 # a virtual environment with everything for development; made again when pyproject.toml changes
@@ -60,6 +60,11 @@ chaos: $(VENV)/.installed
 	$(BIN)/python -m tests.chaos switchovers --fence L4 --count 20
 	$(BIN)/python -m tests.chaos storm
 	$(BIN)/python -m tests.chaos full_disk
+
+# random queries on 1 to 4 shards against one PostgreSQL; QUERIES="5000 --seed 7" for others
+QUERIES ?= 20000
+differential: $(VENV)/.installed
+	$(BIN)/python -m tests.differential $(QUERIES)
 
 # docs/comparison.md, by running; in an environment of its own, with the peer that is compared
 COMPARISON := build/comparison

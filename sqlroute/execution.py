@@ -21,7 +21,7 @@ from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, Unknow
 from sqlroute.events import Fallback, PlanChosen, Retried
 from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
-from sqlroute.results import merged
+from sqlroute.results import merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described
@@ -51,6 +51,9 @@ NOT_ON_A_STANDBY = frozenset({"25006", "0A000", "55000"})
 
 A write; an unlogged table, of which it has no rows; a function of primaries.
 """
+
+MAX_ROW_BUFFER = 1_000
+"""SQLAlchemy's default of rows that a stream without ``yield_per`` fetches at a time."""
 
 UNKNOWN_NAMES = frozenset({"3F000", "42P01", "42703", "42704", "42883"})
 """SQLSTATEs of an unknown schema, table, column, type or function."""
@@ -449,15 +452,14 @@ def _planned_again(call: Call, described: Described, options: Mapping[str, Any])
 
 
 def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:
-    if call.is_streaming:
-        raise CrossShardRefused(
-            "yield_per", "streaming over several shards comes later; read without it, or by key"
-        )
     session = call.session
     rewritten, found = merge_of(session, described, found, options)
     if rewritten is None:
         again = partial(_planned_again, call, described, options)
         return coordinated(replace(call, scalar=False), described, found, again)
+    size = _batch(call.options) if call.is_streaming else None
+    if call.is_streaming:
+        call.local = _shared(call, size, len(found.targets))
     works = [
         (f"{target.shard} ({target.node})", _work(call, described, target, rewritten.statement))
         for target in found.targets
@@ -470,7 +472,21 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
         results = scatter_async(works, timeout)
     else:
         results = scatter(works, session._router.threads(), timeout)
+    if call.is_streaming:
+        return streamed(results, rewritten, size)
     return merged(results, rewritten)
+
+
+def _shared(call: Call, size: int | None, shards: int) -> dict[str, Any]:
+    """Return options that let each shard of a stream fetch its share of a batch at a time.
+
+    So no more rows are held than by the stream of one server: what Python's garbage collector
+    walks over is what makes a merge slow.
+    """
+    if size is None:
+        rows = int(call.options.get("max_row_buffer", MAX_ROW_BUFFER))
+        return {**call.local, "max_row_buffer": max(1, rows // shards)}
+    return {**call.local, "yield_per": max(1, size // shards)}
 
 
 def _work(call: Call, described: Described, target: Target, statement: Any) -> Callable[[], Any]:
@@ -556,6 +572,13 @@ def _home(options: Mapping[str, Any]) -> str | None:
 def _is_stale_load(described: Described, target: Target) -> bool:
     """Say if objects come from a replica, and must be checked before they are written."""
     return not target.is_primary and described.shape.reads_entities
+
+
+def _batch(options: Mapping[str, Any]) -> int | None:
+    """Return how many rows a stream gives at a time, ``None`` where it was not said."""
+    loading = options.get("_sa_orm_load_options")
+    size: int | None = options.get("yield_per") or getattr(loading, "_yield_per", None)
+    return size
 
 
 def _is_streaming(options: Mapping[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import CursorResult, IteratorResult, Result
@@ -20,12 +21,77 @@ def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
     """
     from sqlroute.routing.merge import merge
 
-    first, spec = results[0], rewritten.spec
-    visible = len(first.keys()) - spec.hidden
+    rows = merge([_rows(result, rewritten.spec.entities) for result in results], rewritten.spec)
+    return _answer(results[0], rewritten, rows)
+
+
+def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None) -> Result[Any]:
+    """Return the merged result of server-side cursors, which reads them as it is read.
+
+    When it is closed, has given its last row or meets an error, all cursors are closed.
+
+    Args:
+        size: rows that ``partitions()`` gives at a time, as the caller wished.
+    """
+    from sqlroute.routing.merge import merge
+
+    cursors = _Cursors(results)
+    parts = [_rows(result, rewritten.spec.entities) for result in results]
+    answer = _answer(results[0], rewritten, cursors.closed_after(merge(parts, rewritten.spec)))
+    answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
+    answer._yield_per = size
+    return answer
+
+
+class _Cursors:
+    """The results of a stream's shards, as SQLAlchemy sees the one result below an answer.
+
+    Attributes:
+        context: of the first, which says that its cursor is on the server.
+    """
+
+    def __init__(self, results: Sequence[Result[Any]]) -> None:
+        self._results = results
+        first: Any = results[0]
+        self.context = first.context if isinstance(first, CursorResult) else first.raw.context
+
+    def close(self) -> None:
+        """Close the cursors, every one, even where another fails to close."""
+        errors: list[Exception] = []
+        for result in self._results:
+            try:
+                result.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _soft_close(self, **_: Any) -> None:
+        self.close()
+
+    def closed_after(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """Yield the rows; close the cursors after the last one, or at an error.
+
+        Not when the iterator is thrown away: that may happen anywhere, and closing awaits. What is
+        left open then ends with the transaction.
+        """
+        try:
+            yield from rows
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.close()
+            raise
+        self.close()
+
+
+def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> IteratorResult[Any]:
+    spec = rewritten.spec
+    names = list(first._metadata._keys)  # keys() leaves out an alias without a name
+    visible = len(names) - spec.hidden
     if isinstance(first, CursorResult):  # its rows are processed when they are read: once is enough
         columns = list(rewritten.statement.selected_columns)[:visible]
         metadata: Any = SimpleResultMetaData(
-            list(first.keys())[:visible],
+            names[:visible],
             extra=[(column,) for column in columns] if len(columns) == visible else None,
         )
     else:
@@ -33,7 +99,6 @@ def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
     state, attributes = first._unique_filter_state, first._attributes
     if visible == 1 and spec.hidden and attributes.get("filtered"):  # an entity, alone but for us
         attributes = attributes.union({"is_single_entity": True})
-    rows = merge([_rows(result, spec.entities) for result in results], spec)
     answer: IteratorResult[Any] = IteratorResult(metadata, rows)
     answer._unique_filter_state = state
     answer._attributes = answer._attributes.merge_with(attributes)

@@ -13,7 +13,7 @@ a number of its own, and a column belongs to the nearest use around it, as SQLAl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,7 @@ from sqlalchemy.sql.selectable import (
     Lateral,
     Select,
     SelectBase,
+    _CompoundSelectKeyword,
 )
 from sqlalchemy.types import ARRAY, NullType
 
@@ -54,6 +55,8 @@ ColumnId = tuple[int, str]
 """A column of one use of a table or derived table: number of the use, column key."""
 
 ANY_BUCKET = Recipe()
+
+_ARM_BY_ARM = (_CompoundSelectKeyword.UNION, _CompoundSelectKeyword.UNION_ALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
 
     The table of an INSERT is no use: its rows carry the keys.
     """
+    if isinstance(core, CompoundSelect) and core.keyword in _ARM_BY_ARM:
+        return _arms(core, sharded)
     walk = _Walk()
     if isinstance(core, Select):
         _select(core, walk, _Scope(), _Block())
@@ -102,6 +107,31 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
         walk.hinder(type(core).__name__, "its tables cannot be seen")
     _unfollowed(core, walk)
     return walk.finish(sharded)
+
+
+def _arms(core: CompoundSelect[Any], sharded: tuple[Table, ...]) -> Found:
+    """Return what the arms of a UNION use, each judged by itself.
+
+    Whether the rows of all arms may be put together is a question of the merge.
+    """
+    found: list[Occurrence] = []
+    hindrances: list[tuple[str, str] | None] = []
+    for one_arm in core.selects:
+        arm: Any = one_arm
+        while not isinstance(arm, Select | CompoundSelect) and hasattr(arm, "element"):
+            arm = arm.element
+        within = {hash(part) for part in visitors.iterate(arm)}
+        own = occurrences(arm, tuple(table for table in sharded if hash(table) in within))
+        first = 1 + max((occurrence.group for occurrence in found), default=-1)
+        found += [replace(one, group=first + one.group) for one in own.occurrences]
+        hindrances.append(own.hindrance)
+        if not own.occurrences and core.keyword is _CompoundSelectKeyword.UNION_ALL:
+            why = "an arm without a sharded table would come from every shard"
+            hindrances.append((_set_operation(core), why))
+    seen = {occurrence.table for occurrence in found}
+    if not seen.issuperset(table.fullname for table in sharded):
+        hindrances.append((_set_operation(core), "a table outside of its arms cannot be followed"))
+    return Found(tuple(found), next(filter(None, hindrances), None))
 
 
 def extra_froms(statement: UpdateBase) -> list[FromClause]:

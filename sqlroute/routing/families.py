@@ -6,6 +6,7 @@ refuses what it cannot prove: an unknown type, or text whose collation is not by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,12 +27,18 @@ from sqlalchemy.sql.selectable import FromClause, SelectBase
 from sqlalchemy.sql.type_api import TypeDecorator, TypeEngine
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.routing.combining import Conversion
 from sqlroute.routing.keys import reference_dialect
-from sqlroute.routing.merge import Conversion
 from sqlroute.routing.ordering import Family
 
 CODE_POINT_COLLATIONS = frozenset({"C", "POSIX", "ucs_basic", "pg_c_utf8", "C.UTF-8", "C.utf8"})
 """Collations of PostgreSQL that order text by code point, as Python orders ``str``."""
+
+
+_KNOWN_COLLATION = re.compile(
+    r"default|unicode|ucs_basic|pg_\w+|C|POSIX|C\.UTF-?8|.+-x-icu|[a-z]{2,3}_[A-Z]{2}.*", re.I
+)
+"""Collations of PostgreSQL and of libc: to all of them only the same text is equal."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -115,8 +122,11 @@ def is_loaded_as_stored(type_: TypeEngine[Any]) -> bool:
     return is_text or isinstance(type_, plain)
 
 
-def group_family(expression: ColumnElement[Any]) -> Family:
-    """Return how values of a GROUP BY expression are told apart.
+def group_family(expression: ColumnElement[Any], clause: str = "GROUP BY") -> Family:
+    """Return how values of an expression are told apart.
+
+    Args:
+        clause: to blame, as SQL words.
 
     Raises:
         CrossShardRefused: equal values of its type may not be equal in Python.
@@ -124,7 +134,36 @@ def group_family(expression: ColumnElement[Any]) -> Family:
     stored = storage_type(expression.type)
     if isinstance(stored, types.Enum):
         return Family.TEXT
-    return _family(expression, stored, "GROUP BY")
+    collation = getattr(stored, "collation", None)
+    if collation is not None and _KNOWN_COLLATION.fullmatch(collation) is None:
+        raise _refused(expression, clause, f"collation {collation} may take unlike texts for equal")
+    return _family(expression, stored, clause)
+
+
+def list_family(expression: ColumnElement[Any], clause: str) -> Family:
+    """Return of what kind the values of an array are that psycopg loads one by one.
+
+    Raises:
+        CrossShardRefused: an array of them is loaded differently.
+    """
+    stored = storage_type(expression.type)
+    if isinstance(stored, types.Enum) and stored.native_enum:
+        raise _refused(expression, clause, "an array of enums is no list to psycopg; cast() it")
+    return _family(expression, stored, clause)
+
+
+def has_rank(expression: ColumnElement[Any]) -> bool:
+    """Say whether an expression is a column of an enum, which is ordered by its definition."""
+    stored = storage_type(expression.type)
+    is_enum = isinstance(stored, types.Enum) and stored.native_enum
+    return is_enum and isinstance(bare(expression), ColumnClause)
+
+
+def is_moment_column(expression: ColumnElement[Any]) -> bool:
+    """Say whether an expression is a column of dates or timestamps, some of which are infinite."""
+    stored = storage_type(expression.type)
+    is_moment = isinstance(stored, types.Date | types.DateTime)
+    return is_moment and isinstance(bare(expression), ColumnClause)
 
 
 def order_family(expression: ColumnElement[Any], clause: str, code_point_order: bool) -> Family:

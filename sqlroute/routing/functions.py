@@ -104,6 +104,9 @@ HARMLESS: frozenset[str] = (
 AGGREGATES: frozenset[str] = frozenset((*_AGGREGATES.split(), *_GROUPINGS.split()))
 """Names of aggregate, ordered-set and window functions among them."""
 
+GROUPINGS: frozenset[str] = frozenset(("cube", "grouping", "grouping_sets", "rollup"))
+"""Names of what makes several groupings at once."""
+
 SEQUENCES: frozenset[str] = frozenset(("nextval", "setval", "next_value"))
 """Names that advance a sequence: known to be writes."""
 

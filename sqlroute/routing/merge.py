@@ -2,93 +2,28 @@
 
 It takes one iterable of rows per shard and a :class:`MergeSpec`, and gives an iterator of visible
 rows: a k-way merge for ORDER BY, hash aggregation for aggregates and GROUP BY, else one shard
-after the other; then OFFSET and LIMIT. It reads no more rows than it needs, holds one row per shard
-(or one per group), does no I/O itself and closes nothing: the iterables belong to the caller.
+after the other; then HAVING, DISTINCT, OFFSET and LIMIT. It reads no more rows than it needs,
+holds one row per shard (or one per group, or per distinct row of one place in the order), does no
+I/O itself and closes nothing: the iterables belong to the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from enum import Enum
 from heapq import merge as merge_sorted
-from itertools import chain, islice
-from typing import Any, TypeAlias
+from itertools import chain, islice, takewhile
+from typing import Any
 
-from sqlroute.routing.numeric import add, add_as_sum, average
-from sqlroute.routing.ordering import Encode, Family, RowKey, SortTerm, encoder, row_key
-
-Row: TypeAlias = Sequence[Any]
-State: TypeAlias = list[Any]
-
-
-class AggregateKind(Enum):
-    """The aggregates whose parts can be combined exactly."""
-
-    COUNT = "count"
-    SUM = "sum"
-    MIN = "min"
-    MAX = "max"
-    AVG = "avg"
-
-
-_WORDS = {
-    AggregateKind.COUNT: "sum of partial counts",
-    AggregateKind.SUM: "sum of partial sums",
-    AggregateKind.MIN: "least of partial minima",
-    AggregateKind.MAX: "greatest of partial maxima",
-    AggregateKind.AVG: "partial sums divided by partial counts",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What SQLAlchemy's type does to a number that psycopg loaded.
-
-    Attributes:
-        decimals: ``None`` makes a float of everything; else floats become Decimals so rounded.
-    """
-
-    decimals: int | None
-
-    def __call__(self, value: Any) -> Any:
-        if value is None:
-            return None
-        if self.decimals is None:
-            return float(value)
-        return Decimal(f"{value:.{self.decimals}f}") if isinstance(value, float) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregate:
-    """One aggregate and the columns of its parts.
-
-    Attributes:
-        column: visible column of the result; ``None`` when it is only sorted by.
-        value: column of the part as psycopg loaded it (for avg: the partial sum); after the
-            merge it holds the result before ``conversion``, which is what ORDER BY compares.
-        count: for avg, the column of the partial count.
-        family: for min and max, how the values compare.
-        conversion: from ``value`` to the visible result; ``None`` for as it is.
-        text: the aggregate, for people.
-    """
-
-    kind: AggregateKind
-    column: int | None
-    value: int
-    count: int | None
-    family: Family
-    conversion: Conversion | None
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.text}: {_WORDS[self.kind]}"
+from sqlroute.errors import CrossShardRefused
+from sqlroute.routing.combining import Aggregate, Conversion, Row, State, combiner, finisher
+from sqlroute.routing.expressions import Term, Values, evaluate
+from sqlroute.routing.ordering import Family, RowKey, SortTerm, encoder, row_key
 
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """One expression of GROUP BY: the column of its value as psycopg loaded it."""
+    """One expression that rows are told apart by: the column of its value as psycopg loaded it."""
 
     column: int
     family: Family
@@ -96,11 +31,34 @@ class GroupKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A column that is computed of merged aggregates.
+
+    Attributes:
+        column: where the value goes; one of the shards' own values stands there.
+        conversion: to the visible result; ``None`` for as it is.
+        text: the expression, for people.
+    """
+
+    column: int
+    term: Term
+    conversion: Conversion | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Grouping:
-    """GROUP BY and aggregates; without keys there is exactly one group."""
+    """GROUP BY and aggregates; without keys there is exactly one group.
+
+    Attributes:
+        computed: columns made of the aggregates, after them.
+        having: what groups must fulfil, and its text.
+    """
 
     keys: tuple[GroupKey, ...]
     aggregates: tuple[Aggregate, ...]
+    computed: tuple[Computed, ...] = ()
+    having: tuple[tuple[Term, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,27 +69,37 @@ class MergeSpec:
         hidden: how many columns at the end of each row are not the caller's.
         order: empty for no order.
         grouping: ``None`` for plain rows.
+        distinct: of rows that agree in these columns the first is kept; ``None`` keeps all.
+        alike: columns that have one value on all shards, with what a difference would mean.
         limit: of the answer; ``None`` for all.
         offset: of the answer.
+        ties: rows that tie with the last one within the limit are kept.
         pushed: LIMIT that each shard was sent, if any.
         entities: rows carry entities with joined eager collections: each part must have been made
             unique (``Result.unique()``) before it comes here, else LIMIT would count joined rows.
+        values: of the bind parameters in terms over aggregates.
     """
 
     hidden: int = 0
     order: tuple[SortTerm, ...] = ()
     grouping: Grouping | None = None
+    distinct: tuple[GroupKey, ...] | None = None
+    alike: tuple[tuple[int, str], ...] = ()
     limit: int | None = None
     offset: int = 0
+    ties: bool = False
     pushed: int | None = None
     entities: bool = False
+    values: tuple[Any, ...] = ()
 
     def describe(self) -> tuple[str, ...]:
         """Return the steps of the merge as words, in the order in which they happen."""
-        return (*describe_steps(self.grouping, self.order), *self._describe_limit())
+        steps = describe_steps(self.grouping, self.order, self.distinct)
+        return (*steps, *self._describe_limit())
 
     def _describe_limit(self) -> tuple[str, ...]:
         words = [] if self.limit is None else [f"limit {self.limit}"]
+        words += ["with ties"] if self.ties else []
         words += [f"offset {self.offset}"] if self.offset else []
         if not words:
             return ()
@@ -141,15 +109,23 @@ class MergeSpec:
         return (f"{' '.join(words)} after merge; {shard}",)
 
 
-def describe_steps(grouping: Grouping | None, order: tuple[SortTerm, ...]) -> tuple[str, ...]:
+def describe_steps(
+    grouping: Grouping | None,
+    order: tuple[SortTerm, ...],
+    distinct: tuple[GroupKey, ...] | None = None,
+) -> tuple[str, ...]:
     """Return the steps before LIMIT as words."""
     steps: list[str] = []
     if grouping is not None:
         if grouping.keys:
             steps.append("group by " + ", ".join(key.text for key in grouping.keys))
         steps.extend(map(str, grouping.aggregates))
+        steps.extend(f"{computed.text} of the merged aggregates" for computed in grouping.computed)
+        steps.extend(f"having {text}" for _, text in grouping.having)
     if order:
         steps.append("order by " + ", ".join(map(str, order)))
+    if distinct is not None:
+        steps.append("distinct " + ", ".join(key.text for key in distinct))
     return tuple(steps) or ("shard after shard",)
 
 
@@ -162,19 +138,28 @@ def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec) -> Iterator[Row]:
         spec: from :func:`sqlroute.routing.rewrite.rewritten`.
 
     Raises:
-        CrossShardRefused: while iterating, where PostgreSQL would raise an overflow.
+        CrossShardRefused: while iterating, where PostgreSQL would raise an overflow, or where the
+            shards turn out not to be alike.
     """
     if spec.limit == 0:
         return iter(())
+    for column, meaning in spec.alike:
+        seen: list[Any] = []
+        parts = [_alike(part, column, meaning, seen) for part in parts]
     rows: Iterable[Row]
     if spec.grouping is not None:
-        rows = _grouped(parts, spec.grouping, spec.order)
+        rows = _grouped(parts, spec.grouping, spec.order, spec.values)
     elif spec.order:
         rows = merge_sorted(*parts, key=row_key(spec.order))
     else:
         rows = chain.from_iterable(parts)
+    if spec.distinct is not None:
+        rows = _distinct(rows, spec.distinct, spec.order)
     if spec.limit is not None or spec.offset:
         stop = None if spec.limit is None else spec.offset + spec.limit
+        if spec.ties and stop is not None:
+            rows = _with_ties(rows, stop, row_key(spec.order))
+            stop = None
         rows = islice(rows, spec.offset, stop)
     return _visible(rows, spec.hidden) if spec.hidden else iter(rows)
 
@@ -184,22 +169,77 @@ def _visible(rows: Iterable[Row], hidden: int) -> Iterator[Row]:
         yield row[:-hidden]
 
 
+def _alike(part: Iterable[Row], column: int, meaning: str, seen: list[Any]) -> Iterator[Row]:
+    """Check the first row of a part against those of the others."""
+    for number, row in enumerate(part):
+        if number == 0:
+            seen.append(row[column])
+            if row[column] != seen[0]:
+                raise CrossShardRefused("ORDER BY", f"{meaning}; bring the shards to one schema")
+        yield row
+
+
+def _distinct(
+    rows: Iterable[Row], keys: tuple[GroupKey, ...], order: tuple[SortTerm, ...]
+) -> Iterator[Row]:
+    """Keep the first of equal rows.
+
+    Equal rows have equal places in the order, as far as that is by what is compared: only the
+    rows of one such place are remembered.
+    """
+    columns = {key.column for key in keys}
+    leading = tuple(takewhile(lambda term: term.column in columns, order))
+    place_of = row_key(leading) if leading else None
+    key_of = _key_of(keys)
+    place: Any = None
+    seen: set[Any] = set()
+    for row in rows:
+        if place_of is not None and (found := place_of(row)) != place:
+            place = found
+            seen.clear()
+        key = key_of(row)
+        if key not in seen:
+            seen.add(key)
+            yield row
+
+
+def _with_ties(rows: Iterable[Row], stop: int, key: RowKey) -> Iterator[Row]:
+    iterator = iter(rows)
+    last: Row | None = None
+    for last in islice(iterator, stop):
+        yield last
+    if last is not None:
+        place = key(last)
+        yield from takewhile(lambda row: key(row) == place, iterator)
+
+
 def _grouped(
-    parts: Sequence[Iterable[Row]], grouping: Grouping, order: tuple[SortTerm, ...]
+    parts: Sequence[Iterable[Row]],
+    grouping: Grouping,
+    order: tuple[SortTerm, ...],
+    values: Values,
 ) -> Iterator[Row]:
     states = list(_combined(parts, grouping).values())
     for aggregate in grouping.aggregates:
         _finish(aggregate, states)
+    terms = [term for term, _ in grouping.having]
+    states = [
+        state for state in states if all(evaluate(term, state, values) is True for term in terms)
+    ]
+    for state in states:
+        _compute(grouping.computed, state, values)
     if order:
         states.sort(key=row_key(order))
+    for aggregate in grouping.aggregates:
+        _show(aggregate, states)
     for state in states:
         yield tuple(state)
 
 
 def _combined(parts: Sequence[Iterable[Row]], grouping: Grouping) -> dict[Any, State]:
     """Combine the rows of each group; what is no aggregate stays as the first shard sent it."""
-    key_of = _group_key(grouping.keys)
-    combiners = [_combiner(aggregate) for aggregate in grouping.aggregates]
+    key_of = _key_of(grouping.keys)
+    combiners = [combiner(aggregate) for aggregate in grouping.aggregates]
     states: dict[Any, State] = {}
     for row in chain.from_iterable(parts):
         key = key_of(row)
@@ -212,62 +252,30 @@ def _combined(parts: Sequence[Iterable[Row]], grouping: Grouping) -> dict[Any, S
     return states
 
 
-def _group_key(keys: tuple[GroupKey, ...]) -> RowKey:
+def _key_of(keys: tuple[GroupKey, ...]) -> RowKey:
     encoders = [(key.column, encoder(key.family)) for key in keys]
     return lambda row: tuple([encode(row[column]) for column, encode in encoders])
 
 
-def _combiner(aggregate: Aggregate) -> Callable[[State, Row], None]:
-    """Return the function that takes a row of another shard into the state of its group."""
-    if aggregate.kind in (AggregateKind.MIN, AggregateKind.MAX):
-        return _extreme(aggregate, encoder(aggregate.family))
-    if aggregate.count is None:
-        return _summed(aggregate.value, add_as_sum)
-    # The partial sums of avg may pass the range of bigint, as they may inside PostgreSQL.
-    total, count = _summed(aggregate.value, add), _summed(aggregate.count, add)
-
-    def combine(state: State, row: Row) -> None:
-        total(state, row)
-        count(state, row)
-
-    return combine
-
-
-def _summed(column: int, plus: Callable[[Any, Any], Any]) -> Callable[[State, Row], None]:
-    def combine(state: State, row: Row) -> None:
-        if row[column] is not None:
-            mine = state[column]
-            state[column] = row[column] if mine is None else plus(mine, row[column])
-
-    return combine
-
-
-def _extreme(aggregate: Aggregate, encode: Encode) -> Callable[[State, Row], None]:
-    value, visible = aggregate.value, aggregate.column
-    greatest = aggregate.kind is AggregateKind.MAX
-
-    def combine(state: State, row: Row) -> None:
-        if row[value] is None:
-            return
-        if state[value] is not None:
-            mine, theirs = encode(state[value]), encode(row[value])
-            if not (mine < theirs if greatest else theirs < mine):
-                return
-        state[value] = row[value]
-        if visible is not None:
-            state[visible] = row[visible]
-
-    return combine
-
-
 def _finish(aggregate: Aggregate, states: list[State]) -> None:
     """Turn the combined parts of one aggregate into its result, in every group."""
-    if aggregate.kind in (AggregateKind.MIN, AggregateKind.MAX):
+    finish = finisher(aggregate)
+    if finish is not None:
+        for state in states:
+            state[aggregate.value] = finish(state)
+
+
+def _compute(computed: tuple[Computed, ...], state: State, values: Values) -> None:
+    found = [evaluate(one.term, state, values) for one in computed]
+    for one, value in zip(computed, found, strict=True):
+        state[one.column] = value if one.conversion is None else one.conversion(value)
+
+
+def _show(aggregate: Aggregate, states: list[State]) -> None:
+    """Put a result in its visible column, after everything that compares it as it is stored."""
+    column, convert = aggregate.column, aggregate.conversion
+    if column is None or aggregate.is_shown:
         return
     for state in states:
         value = state[aggregate.value]
-        if aggregate.count is not None and value is not None:
-            value = state[aggregate.value] = average(value, state[aggregate.count])
-        if aggregate.column is not None:
-            convert = aggregate.conversion
-            state[aggregate.column] = value if convert is None else convert(value)
+        state[column] = value if convert is None else convert(value)

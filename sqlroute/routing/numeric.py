@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from decimal import MAX_EMAX, MIN_EMIN, ROUND_HALF_EVEN, Context, Decimal
+from enum import IntEnum
 from typing import TypeAlias
 
 from sqlroute.errors import CrossShardRefused
@@ -22,6 +23,28 @@ _BASE_DIGITS = 4  # PostgreSQL keeps a numeric in base-10000 digits, and its sca
 # Room for the longest numeric, 131072 digits before the point and 16383 after it.
 _EXACT = Context(prec=1_000_000, rounding=ROUND_HALF_EVEN, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 _NAN = Decimal("NaN")
+
+
+class Width(IntEnum):
+    """PostgreSQL's number types, each wide enough for the values of those before it."""
+
+    INTEGER = 0
+    NUMERIC = 1
+    DOUBLE = 2
+
+
+def width_of(value: Number) -> Width:
+    """Return the type of a number, by how psycopg loads and sends it."""
+    if isinstance(value, float):
+        return Width.DOUBLE
+    return Width.NUMERIC if isinstance(value, Decimal) else Width.INTEGER
+
+
+def widened(value: Number, width: Width) -> Number:
+    """Return a number as a value of a type that is at least as wide as its own."""
+    if width is Width.DOUBLE:
+        return float(value)
+    return Decimal(value) if width is Width.NUMERIC else value
 
 
 def add(left: Number, right: Number) -> Number:
@@ -55,6 +78,24 @@ def add_as_sum(left: Number, right: Number) -> Number:
             "sum", f"bigint out of range: {total}; cast the argument to numeric"
         )
     return total
+
+
+def subtract(left: Decimal, right: Decimal) -> Decimal:
+    """Subtract two numerics exactly."""
+    return _EXACT.subtract(left, right)
+
+
+def multiply(left: Decimal, right: Decimal) -> Decimal:
+    """Multiply two numerics exactly; the scales add up."""
+    return _EXACT.multiply(left, right)
+
+
+def square_root(value: Decimal) -> Decimal:
+    """Return the square root of a numeric above zero, rounded half up at the value's own scale."""
+    scale = scale_of(value)
+    square = int(_EXACT.scaleb(value, 2 * scale))
+    root = math.isqrt(square)
+    return _EXACT.scaleb(Decimal(root + (square - root * root > root)), -scale)
 
 
 def average(total: Number, count: int) -> Number:

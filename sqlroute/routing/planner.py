@@ -34,7 +34,8 @@ from sqlroute.routing.target import Situation, kind_of, target_of
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
 if TYPE_CHECKING:
-    from sqlroute.routing.rewrite import MergeShape, Rewritten
+    from sqlroute.routing.rewrite import Rewritten
+    from sqlroute.routing.shapes import MergeShape
 
 SHAPES = 1_000
 """How many shapes of statements are remembered; beyond it the oldest goes."""

@@ -254,7 +254,17 @@ def _as_rendered(statement: Any) -> Any:
     factory: Any = getattr(statement, "_compile_state_factory", None)
     if factory is None:
         return statement
-    return factory(statement, _compiler()).statement
+    state = factory(statement, _compiler())
+    if getattr(state, "multi_row_eager_loaders", False) and not _reads_in_bounds(statement):
+        # rendered as a subquery, so that LIMIT counts entities; where its rows are does not change
+        unlimited: Any = statement
+        state = factory(unlimited.limit(None).offset(None), _compiler())
+    return state.statement
+
+
+def _reads_in_bounds(statement: Any) -> bool:
+    bounds = (statement._limit_clause, statement._offset_clause)
+    return not all(bound is None or isinstance(bound, BindParameter) for bound in bounds)
 
 
 def _compiler() -> Any:

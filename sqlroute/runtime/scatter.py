@@ -40,12 +40,15 @@ class Branch(greenlet):
 
     Attributes:
         connection: psycopg's connection while a call is under way, to cancel it.
+        cancelling: held while the server is asked to, so that no call ends before that: a cancel
+            that comes late would hit the next statement of the connection.
     """
 
     def __init__(self, name: str, function: Callable[[], Any]) -> None:
         super().__init__(function)
         self.name = name
         self.connection: Any = None
+        self.cancelling = threading.Lock()
 
     def call(self, cursor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         """Hand a blocking call to the hub and wait for its result, other branches running on."""
@@ -55,7 +58,8 @@ class Branch(greenlet):
         try:
             return hub.switch(lambda: function(*arguments))
         finally:
-            self.connection = None
+            with self.cancelling:
+                self.connection = None
 
 
 def scatter(works: Sequence[Work], threads: ThreadPoolExecutor, timeout: float) -> list[Any]:
@@ -159,12 +163,14 @@ def _cancel(branch: Branch) -> None:
     connection = branch.connection
     with contextlib.suppress(Exception):  # no answer
         for pause in CANCEL_PAUSES:
-            if branch.connection is not connection:
-                return
-            connection.cancel_safe(timeout=CANCEL_TIMEOUT)
+            with branch.cancelling:
+                if branch.connection is not connection:
+                    return
+                connection.cancel_safe(timeout=CANCEL_TIMEOUT)
             time.sleep(pause)
-    if connection is not None and branch.connection is connection:
-        cut(connection)
+    with branch.cancelling:
+        if connection is not None and branch.connection is connection:
+            cut(connection)
 
 
 def cut(connection: Any) -> None:

@@ -17,7 +17,7 @@ from conftest import Ran, Shop, until
 from models import Customer, Order
 from sqlalchemy import exc, func, select
 
-from sqlroute import CrossShardRefused, DeadlineExceeded, Router, RoutingSession
+from sqlroute import DeadlineExceeded, Router, RoutingSession
 from sqlroute.local.node import LocalNode
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
@@ -135,10 +135,15 @@ class TestStreams:
         session.rollback()
         assert filled.checked_out == 0
 
-    def test_several_shards_refuse_to_stream(self, filled: Shop, session: RoutingSession) -> None:
-        """Refused before anything is sent, with the way out."""
-        with pytest.raises(CrossShardRefused, match="yield_per"):
-            session.execute(select(Customer).execution_options(yield_per=2))
+    def test_several_shards_stream_in_order(self, filled: Shop, session: RoutingSession) -> None:
+        """Batches of the size that was asked for, over both shards; see ``test_streams``."""
+        statement = select(Customer.score).order_by(Customer.score)
+        streamed = session.scalars(statement, execution_options={"yield_per": 4})
+        assert [list(part) for part in streamed.partitions()] == [
+            [0, 1, 2, 3],
+            [4, 5, 6, 7],
+            [8, 9],
+        ]
 
 
 class TestErrors:
@@ -156,6 +161,28 @@ class TestErrors:
         assert session.scalar(select(func.count()).select_from(Customer)) == 10
         for node in filled.servers.nodes:
             until(lambda n=node: not _sleeping(filled, n))
+
+    def test_a_late_cancel_hits_no_later_statement(
+        self, filled: Shop, session: RoutingSession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The shard answers before it is asked to stop; its connection is not free until then."""
+        cancel = psycopg.Connection.cancel_safe
+
+        def cancel_late(connection: Any, **options: Any) -> None:
+            time.sleep(0.5)
+            cancel(connection, **options)
+
+        monkeypatch.setattr(psycopg.Connection, "cancel_safe", cancel_late)
+        bad = Customer.id.in_(filled.keys("s0", 5))
+        divided = sa.cast(1 / func.nullif(Customer.score - Customer.score, -1), sa.Text)
+        slow = sa.cast(func.pg_sleep(0.04), sa.Text)
+        with pytest.raises(exc.DataError, match="division by zero"):
+            session.execute(select(sa.case((bad, divided), else_=slow)))
+
+        sleeps = select(func.pg_sleep(0.2), Customer.id).where(
+            Customer.id.in_(filled.keys("s1", 5))
+        )
+        assert len(session.execute(sleeps).all()) == 5
 
     def test_a_lost_cancel_costs_no_second_try(
         self, filled: Shop, session: RoutingSession, monkeypatch: pytest.MonkeyPatch

@@ -737,7 +737,7 @@ READS: dict[str, tuple[str, Any]] = {
     ),
     # set operations
     "two arms, two shards": (
-        "refused",
+        "scatter",
         sa.union_all(
             sa.select(orders.c.x).where(key == 5), sa.select(items.c.x).where(other_key == 1)
         ),
@@ -776,7 +776,7 @@ READS: dict[str, tuple[str, Any]] = {
         sa.select(orders.c.x).where(key == 5).group_by(orders.c.x).having(sa.func.count() > 0),
     ),
     "HAVING the key": (
-        "refused",
+        "scatter",
         sa.select(key).group_by(key).having(key == 5),
     ),
     "a subquery in ORDER BY": (

@@ -11,15 +11,10 @@ from typing import Any
 import pytest
 
 from sqlroute.errors import CrossShardRefused
-from sqlroute.routing.merge import (
-    Aggregate,
-    AggregateKind,
-    Conversion,
-    Grouping,
-    GroupKey,
-    MergeSpec,
-    merge,
-)
+from sqlroute.routing.combining import Aggregate, AggregateKind, Conversion
+from sqlroute.routing.expressions import Column, Operation, Operator, Parameter, Term, evaluate
+from sqlroute.routing.merge import Grouping, GroupKey, MergeSpec, merge
+from sqlroute.routing.moments import Moments, combined, exact_deviation, exact_variance
 from sqlroute.routing.numeric import add, add_as_sum, average
 from sqlroute.routing.ordering import Family, SortTerm
 
@@ -37,7 +32,7 @@ def term(
 
 
 def aggregate(kind: AggregateKind, column: int, *, family: Family = Family.NUMBER) -> Aggregate:
-    return Aggregate(kind, column, column, None, family, None, kind.value)
+    return Aggregate(kind, column, (column,), family, None, kind.value)
 
 
 def column_of(parts: list[list[Any]], *order: SortTerm, **spec: Any) -> list[Any]:
@@ -179,7 +174,7 @@ def test_groups_are_joined_by_the_equality_of_postgres() -> None:
 
 
 def test_average_divides_sums_by_counts_and_sorts_by_the_result() -> None:
-    avg = Aggregate(AggregateKind.AVG, 1, -2, -1, Family.NUMBER, None, "avg(x)")
+    avg = Aggregate(AggregateKind.AVG, 1, (-2, -1), Family.NUMBER, None, "avg(x)")
     grouping = Grouping((GroupKey(0, Family.TEXT, "k"),), (avg,))
     spec = MergeSpec(hidden=2, grouping=grouping, order=(term(-2, desc=True, nulls_first=False),))
     parts: list[list[Any]] = [
@@ -251,3 +246,151 @@ def test_a_spec_tells_its_steps() -> None:
         "limit 10 offset 5 after merge; limit 15 per shard",
     )
     assert MergeSpec().describe() == ("shard after shard",)
+
+
+def test_equal_rows_are_one_whatever_their_digits() -> None:
+    """NULL is NULL, NaN is NaN, 1.0 is 1.00; across shards that are not ordered, too."""
+    keys = (GroupKey(0, Family.NUMBER, "x"),)
+
+    found = column_of([[None, Decimal("1.0"), NAN], [None, Decimal("1.00"), NAN, 2]], distinct=keys)
+
+    assert [str(value) for value in found] == ["None", "1.0", "nan", "2"]
+
+
+def test_distinct_remembers_one_place_of_the_order_only() -> None:
+    keys = (GroupKey(0, Family.NUMBER, "x"), GroupKey(1, Family.TEXT, "y"))
+    parts = [[(1, "b"), (2, "a")], [(1, "a"), (1, "b"), (2, "a")]]
+
+    merged = list(merge(parts, MergeSpec(order=(term(),), distinct=keys, limit=2, offset=1)))
+
+    assert merged == [(1, "a"), (2, "a")]
+
+
+def test_the_first_of_each_kind_is_kept() -> None:
+    """DISTINCT ON: the order decides which row of its kind is the first, over all shards."""
+    spec = MergeSpec(
+        order=(term(), term(1, desc=True)), distinct=(GroupKey(0, Family.NUMBER, "x"),)
+    )
+
+    assert list(merge([[(1, 5), (2, 1)], [(1, 9), (3, 0)]], spec)) == [(1, 9), (2, 1), (3, 0)]
+
+
+def test_rows_that_tie_with_the_last_one_are_kept() -> None:
+    parts = [[1, 2, 2, 3], [2, 2, 4]]
+
+    assert column_of(parts, term(), limit=2, offset=1, ties=True) == [2, 2, 2, 2]
+    assert column_of(parts, term(), limit=20, ties=True) == [1, 2, 2, 2, 2, 3, 4]
+    assert column_of([[], []], term(), limit=1, ties=True) == []
+
+
+def test_shards_that_differ_in_what_must_be_alike_are_refused() -> None:
+    spec = MergeSpec(hidden=1, order=(term(),), alike=((-1, "the enums differ"),))
+
+    assert list(merge([[(1, 7)], [(2, 7)], []], spec)) == [(1,), (2,)]
+    with pytest.raises(CrossShardRefused, match="the enums differ"):
+        list(merge([[(1, 7)], [(2, 8)]], spec))
+
+
+def test_having_is_decided_of_the_merged_group() -> None:
+    """A group of two rows on two shards has count 2; an unknown condition keeps no group."""
+    condition = Operation(
+        Operator.GT, (Column(1), Parameter(0, Family.NUMBER, "count(*) > 1")), Family.NUMBER
+    )
+    grouping = Grouping(
+        (GroupKey(0, Family.TEXT, "k"),),
+        (aggregate(AggregateKind.COUNT, 1),),
+        having=((condition, "count(*) > 1"),),
+    )
+    parts: list[list[Any]] = [[("a", 1), ("b", 1)], [("a", 1)]]
+
+    assert list(merge(parts, MergeSpec(grouping=grouping, values=(1,)))) == [("a", 2)]
+    assert list(merge(parts, MergeSpec(grouping=grouping, values=(None,)))) == []
+
+
+X: Term = Column(0)
+Y: Term = Column(1)
+
+
+@pytest.mark.parametrize(
+    ("term", "row", "expected"),
+    [
+        (Operation(Operator.AND, (X, Y)), (None, False), False),
+        (Operation(Operator.AND, (X, Y)), (None, True), None),
+        (Operation(Operator.OR, (X, Y)), (None, True), True),
+        (Operation(Operator.OR, (X, Y)), (None, False), None),
+        (Operation(Operator.NOT, (X,)), (None,), None),
+        (Operation(Operator.EQ, (X, Y), Family.NUMBER), (NAN, NAN), True),
+        (Operation(Operator.LT, (X, Y), Family.NUMBER), (INF, NAN), True),
+        (Operation(Operator.EQ, (X, Y), Family.NUMBER), (0.1, Decimal("0.1")), True),
+        (Operation(Operator.EQ, (X, Y), Family.NUMBER), (None, None), None),
+        (Operation(Operator.DISTINCT, (X, Y), Family.NUMBER), (None, None), False),
+        (Operation(Operator.DISTINCT, (X, Y), Family.NUMBER), (None, 1), True),
+        (Operation(Operator.IN, (X, Parameter(0, Family.NUMBER, ""))), (3,), None),
+        (Operation(Operator.IN, (X, Parameter(0, Family.NUMBER, ""))), (1,), True),
+        (Operation(Operator.IS_TRUE, (X,)), (None,), False),
+        (Operation(Operator.COALESCE, (X, Y)), (None, "y"), "y"),
+        (Operation(Operator.ADD, (X, Y)), (1, Decimal("0.50")), Decimal("1.50")),
+        (Operation(Operator.MULTIPLY, (X, Y)), (Decimal("1.5"), 0.5), 0.75),
+        (Operation(Operator.SUBTRACT, (X, Y)), (None, 1), None),
+    ],
+)
+def test_terms_have_the_three_values_of_sql(term: Term, row: Any, expected: Any) -> None:
+    assert evaluate(term, row, ([1, None],)) is expected or (
+        evaluate(term, row, ([1, None],)) == expected and expected is not None
+    )
+
+
+def test_a_product_beyond_bigint_raises_as_in_postgres() -> None:
+    with pytest.raises(CrossShardRefused, match="bigint out of range"):
+        evaluate(Operation(Operator.MULTIPLY, (X, Y)), (2**40, 2**40), ())
+
+
+@pytest.mark.parametrize(
+    ("values", "pop", "samp", "deviation"),
+    [
+        (["1", "2", "4"], "1.5555555555555556", "2.3333333333333333", "1.5275252316519467"),
+        (["1.5", "1.5"], "0", "0", "0"),
+        (["7"], "0", "None", "None"),
+        (["NaN", "1"], "NaN", "NaN", "NaN"),
+        ([], "None", "None", "None"),
+    ],
+)
+def test_variances_have_the_digits_of_postgres(
+    values: list[str], pop: str, samp: str, deviation: str
+) -> None:
+    numbers = [Decimal(value) for value in values]
+    parts = sum(numbers, Decimal(0)), len(numbers), sum((n * n for n in numbers), Decimal(0))
+
+    assert str(exact_variance(*parts, sample=False)) == pop
+    assert str(exact_variance(*parts, sample=True)) == samp
+    assert str(exact_deviation(*parts, sample=True)) == deviation
+
+
+def test_moments_of_two_shards_are_those_of_all_rows() -> None:
+    """(1, 2), (3, 5) on one shard and (8, 1) on the other; an empty shard changes nothing."""
+    one = Moments(2, 4.0, 2.0, 7.0, 4.5, 3.0)
+    other = Moments(1, 8.0, 0.0, 1.0, 0.0, 0.0)
+
+    found = combined(combined(Moments(0), one), combined(other, Moments(0)))
+
+    assert found.n == 3
+    assert found.xx == pytest.approx(26.0)
+    assert found.yy == pytest.approx(26 / 3)
+    assert found.xy == pytest.approx(-7.0)
+    with pytest.raises(CrossShardRefused, match="overflow"):
+        combined(Moments(1, 1e308, 1e308), Moments(1, -1e308, 1e308))
+
+
+def test_lists_of_the_shards_are_merged_in_their_order() -> None:
+    """(values, sort values): ties keep the order of the shards."""
+    listed = Aggregate(
+        AggregateKind.ARRAY_AGG, 0, (0, 1), Family.TEXT, None, "a", order=(term(1, desc=True),)
+    )
+    joined = Aggregate(AggregateKind.STRING_AGG, 0, (1, 2), Family.TEXT, None, "s")
+    parts: list[list[Any]] = [[(["a", "b"], [None, 3])], [(None, None)], [(["c", "d"], [3, 1])]]
+
+    (row,) = merge(parts, MergeSpec(hidden=1, grouping=Grouping((), (listed,))))
+    assert row == (["a", "b", "c", "d"],)
+    texts: list[list[Any]] = [[("", ["x"], ",")], [("", None, None)], [("", ["y", "z"], ",")]]
+    (row,) = merge(texts, MergeSpec(hidden=2, grouping=Grouping((), (joined,))))
+    assert row == ("x,y,z",)

@@ -6,10 +6,12 @@ A new SQLAlchemy that changes one fails here, by name, not somewhere in a sessio
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
-from sqlalchemy import Integer
+from sqlalchemy import Integer, column, select, union
 from sqlalchemy import inspect as inspect_mapped
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.engine.util import TransactionalContext
@@ -17,6 +19,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.pool.base import _ConnectionFairy
+from sqlalchemy.sql.selectable import _CompoundSelectKeyword
 
 
 def parameters(function: object) -> list[str]:
@@ -227,3 +230,32 @@ def test_rows_become_objects_at_once_where_that_is_asked_for() -> None:
     from sqlalchemy.orm import loading
 
     assert 'execution_options.get("prebuffer_rows"' in inspect.getsource(loading.instances)
+
+
+def test_a_stream_closes_what_is_below_it() -> None:
+    """A result tells ``raw`` to close, and batches are as large as ``_yield_per`` says."""
+    below: list[bool] = []
+
+    class Below:
+        def _soft_close(self, **_: object) -> None:
+            below.append(True)
+
+    result = IteratorResult(SimpleResultMetaData(["a"]), iter([(1,), (2,), (3,)]), raw=Below())  # type: ignore[arg-type]
+    result._yield_per = 2
+
+    assert [len(part) for part in result.partitions()] == [2, 1]
+    result.close()
+    assert below
+
+
+def test_a_select_tells_its_parts() -> None:
+    """Where the analysis of a merge looks; and an alias without a name has a key that is None."""
+    statement = select(column("a")).ext(distinct_on(column("b"))).fetch(3, with_ties=True)
+    extension: Any = statement._pre_columns_clause
+
+    assert [str(expression) for expression in extension._distinct_on] == ["b"]
+    assert statement._distinct
+    assert statement._fetch_clause_options == {"with_ties": True, "percent": False}
+    assert statement._having_criteria == ()
+    assert union(statement, statement).keyword is _CompoundSelectKeyword.UNION
+    assert SimpleResultMetaData(["a"])._keys == ["a"]

@@ -275,7 +275,7 @@ def test_on_of_an_outer_join_never_restricts_the_preserved_side() -> None:
         "SELECT * FROM flights f JOIN planes p ON p.year = f.id",
         "SELECT * FROM flights f NATURAL JOIN planes p",
         "SELECT * FROM flights, planes",
-        "SELECT tailnum FROM flights UNION SELECT tailnum FROM planes",
+        "SELECT tailnum FROM flights EXCEPT SELECT tailnum FROM planes",
         "SELECT * FROM flights WHERE EXISTS (SELECT 1 FROM planes WHERE year = 2000)",
         "SELECT * FROM airlines LEFT JOIN flights f ON f.tailnum = carrier",
         "SELECT * FROM (flights JOIN planes USING (tailnum)) AS j",

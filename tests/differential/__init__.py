@@ -1,0 +1,1 @@
+"""Sharded answers against those of one PostgreSQL that holds all the data."""
