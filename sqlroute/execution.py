@@ -28,6 +28,7 @@ from sqlroute.routing.policy import Demand, Intent, consistency_named, role_name
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
 from sqlroute.runtime.engines import is_old_plan
+from sqlroute.runtime.nothing import no_rows
 from sqlroute.runtime.scatter import scatter, scatter_async
 from sqlroute.stale import before_load, buffering, mark
 
@@ -154,6 +155,8 @@ def execute(call: Call) -> Any:
         call.parameters = filled if isinstance(call.parameters, list | tuple) else filled[0]
     if found.tier is Tier.SINGLE:
         return _single(call, described, found)
+    if found.tier is Tier.EMPTY:
+        return _empty(call)
     if found.tier is Tier.SCATTER:
         result = _scatter(call, described, found)
     elif found.tier is Tier.SPLIT:
@@ -272,6 +275,12 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
     if described.shape.statement.sets:
         session._affinity = session._affinity.set_by_hand(target.shard)
     return result
+
+
+def _empty(call: Call) -> Any:
+    """Give a result without rows that is otherwise like any other; no server is asked."""
+    with no_rows().connect() as connection:
+        return call.run(connection, scalar=call.scalar)
 
 
 def _is_autocommit(call: Call, target: Target) -> bool:
@@ -422,10 +431,12 @@ def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
         )
     session = call.session
     rewritten, found = merge_of(session, described, found)
-    works = [
-        (f"{target.shard} ({target.node})", _work(call, described, target, rewritten.statement))
-        for target in found.targets
-    ]
+    works = []
+    for index, target in enumerate(found.targets):
+        own, statement = call, rewritten.statement
+        if found.lists:
+            own, statement = _with_lists(call, described, statement, found.lists[index])
+        works.append((f"{target.shard} ({target.node})", _work(own, described, target, statement)))
     timeout = session._router.policy.scatter_timeout
     if session._limit is not None:
         session._limit.check("a statement on several shards")
@@ -435,6 +446,21 @@ def _scatter(call: Call, described: Described, found: Plan) -> Result[Any]:
     else:
         results = scatter(works, session._router.threads(), timeout)
     return merged(results, rewritten)
+
+
+def _with_lists(
+    call: Call, described: Described, statement: Any, lists: Mapping[str, Any]
+) -> tuple[Call, Any]:
+    """Return call and statement with what one shard is sent of each list of keys."""
+    shape = described.shape
+    own = {
+        described.binds[shape.position[key]].key if key in shape.position else key: values
+        for key, values in lists.items()
+    }
+    given = call.parameters
+    if given:
+        call = replace(call, parameters={**given, **{k: v for k, v in own.items() if k in given}})
+    return call, statement.params(own)
 
 
 def _work(call: Call, described: Described, target: Target, statement: Any) -> Callable[[], Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,7 @@ class Tier(Enum):
     """How many servers answer, and how their answers become one."""
 
     SINGLE = "single"
+    EMPTY = "empty"  # no row can match: nothing is asked
     SCATTER = "scatter"
     SPLIT = "split"  # rows of one INSERT, each to its own shard
     BROADCAST = "broadcast"  # a reference table is written on every shard
@@ -64,6 +66,8 @@ class Plan:
         reasons: why, in the order in which it was decided.
         merge: how the answers of several shards become one, as words.
         rows: for SPLIT, the indexes of the rows of each target.
+        lists: for SCATTER, the parameters of which each target is sent just its values; empty where
+            all are sent the same.
     """
 
     tier: Tier
@@ -73,6 +77,7 @@ class Plan:
     reasons: tuple[str, ...]
     merge: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
+    lists: tuple[Mapping[str, list[Any]], ...] = field(default=(), compare=False)
 
     @property
     def target(self) -> Target:

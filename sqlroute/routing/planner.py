@@ -255,6 +255,8 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
     shards, reason = _shards(statement, described.value, situation, shard_map, kind)
     epoch = shard_map.epoch
     reasons = (*statement.reasons, reason)
+    if not shards:
+        return Plan(Tier.EMPTY, (), kind.value, epoch, reasons)
     if len(shards) == 1:
         target = target_of(shards[0], kind, situation, rng)
         return Plan(Tier.SINGLE, (target,), kind.value, epoch, reasons)
@@ -262,7 +264,8 @@ def plan(described: Described, situation: Situation, rng: Random) -> Plan:
         targets = tuple(target_of(shard, Kind.WRITE, situation, rng) for shard in shards)
         return Plan(Tier.BROADCAST, targets, kind.value, epoch, reasons)
     targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
-    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons)
+    lists = _lists(statement, described.value, shard_map, shards)
+    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons, lists=lists)
 
 
 def _single(
@@ -323,7 +326,7 @@ def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: 
         bucket = bucket_of_key(table, key, statement.keyspace.buckets)
         rows.setdefault(shard_map.owner(bucket), []).append(index)
     shards = tuple(rows) or shard_map.shards[:1]
-    read = _holders(statement, described.value, shard_map)
+    read, _ = _holders(statement, described.value, shard_map)
     if read and (len(shards) > 1 or not read <= set(shards)):
         raise CrossShardRefused(
             "subquery in INSERT",
@@ -376,7 +379,10 @@ def _check_named(situation: Situation, keyspace: Keyspace) -> None:
 def _shards(
     statement: Statement, values: Values, situation: Situation, shard_map: ShardMap, kind: Kind
 ) -> tuple[tuple[str, ...], str]:
-    """Return the shards of a statement of a sharded keyspace, and why these."""
+    """Return the shards of a statement of a sharded keyspace, and why these.
+
+    None at all where its conditions exclude every row and nothing but rows is asked for.
+    """
     keyspace = statement.keyspace
     if situation.demand.shard is not None:
         _check_named(situation, keyspace)
@@ -395,7 +401,9 @@ def _shards(
         )
     if statement.placement is Placement.ANYWHERE:
         return _anywhere(statement, situation, shard_map, kind)
-    found = _holders(statement, values, shard_map)
+    found, is_empty = _holders(statement, values, shard_map)
+    if is_empty and kind is Kind.READ:
+        return (), f"its conditions on the key ({statement.key}) exclude every row"
     if not found:
         return (
             shard_map.shards[0],
@@ -408,9 +416,10 @@ def _shards(
     return shards, reason
 
 
-def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> set[str]:
-    """Return the shards that can hold a row that the statement reads."""
+def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> tuple[set[str], bool]:
+    """Return the shards that can hold a row it reads, and whether it can give none at all."""
     found: set[str] = set()
+    is_empty = False
     for occurrence in statement.occurrences:
         buckets = occurrence.recipe.buckets(
             values, occurrence.key.kinds, statement.keyspace.buckets
@@ -419,8 +428,22 @@ def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> set[s
             shard_map.check_complete()
             found.update(shard_map.shards)
         else:
+            is_empty |= occurrence.is_required and not buckets
             found.update(shard_map.owner(bucket) for bucket in buckets)
-    return found
+    return found, is_empty
+
+
+def _lists(
+    statement: Statement, values: Values, shard_map: ShardMap, shards: tuple[str, ...]
+) -> tuple[Mapping[str, list[Any]], ...]:
+    """Return per shard the values of its own of each list that is compared with a key."""
+    shares: dict[str, Mapping[str, list[Any]]] = {}
+    for occurrence in statement.occurrences:
+        kinds, buckets = occurrence.key.kinds, statement.keyspace.buckets
+        shares |= occurrence.recipe.shares(values, kinds, buckets, shard_map.owner)
+    if not shares:
+        return ()
+    return tuple({key: share.get(shard, []) for key, share in shares.items()} for shard in shards)
 
 
 def _on_one_shard(statement: Statement) -> str:

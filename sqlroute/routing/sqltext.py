@@ -274,10 +274,9 @@ def _check_values(found: Statement, tree: Tree) -> None:
         UnknownName: one has none.
     """
     for occurrence in found.occurrences:
-        for union in occurrence.recipe.unions:
-            for bind in (bind for product in union for bind in product.columns):
-                if bind.key in tree.missing:
-                    raise _without_value(tree.missing[bind.key])
+        for bind in occurrence.recipe.binds:
+            if bind.key in tree.missing:
+                raise _without_value(tree.missing[bind.key])
 
 
 def _without_value(name: str) -> UnknownName:
