@@ -102,7 +102,8 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
     if isinstance(core, Select):
         scope = _Scope()
         _select(core, walk, scope, Block())
-        _require(core, scope)
+        if not (_makes_rows(core) or walk.is_aggregated_inside):
+            _require(core, scope)
     elif isinstance(core, CompoundSelect):
         walk.seen.add(hash(core))
         walk.hinder(_set_operation(core), "set operations across shards come with the coordinator")
@@ -120,8 +121,6 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
 
 def _require(select: Select[Any], scope: _Scope) -> None:
     """Note the uses without whose rows the whole statement has none."""
-    if _makes_rows(select):
-        return
     is_never = any(isinstance(part, False_) for part in _conditions(select._where_criteria))
     for leaf in scope.leaves:
         leaf.is_required = True
@@ -217,12 +216,14 @@ class _Walk:
 
     Attributes:
         count: how often each bind parameter is used in the statement.
+        is_aggregated_inside: a subquery aggregates the rows of a query around it.
     """
 
     count: Mapping[str, int]
     classes: _Classes = field(default_factory=_Classes)
     leaves: list[_Leaf] = field(default_factory=list)
     hindrance: tuple[str, str] | None = None
+    is_aggregated_inside: bool = False
     derived: bool = False
     detached: bool = False
     uses: int = 0
@@ -430,6 +431,7 @@ def _refuse_outer_aggregates(
         columns = [column_of(part, block) for part in _parts([call], ColumnElement)]
         used = {column[0] for column in columns if column is not None}
         if used and not used & own:
+            walk.is_aggregated_inside = True
             walk.hinder("subquery", f"{call.name}() in it aggregates the rows of the outer query")
 
 

@@ -246,6 +246,9 @@ class TestNoRow:
             sa.select(sa.literal(1)).select_from(orders).where(key.in_([])).having(sa.true()),
             sa.select(sa.func.max(key)).where(key.in_([])).group_by(sa.func.rollup(orders.c.total)),
             sa.select(word.c.code).outerjoin(orders, key.in_([])),
+            sa.select(sa.select(sa.func.max(orders.c.total)).select_from(word).scalar_subquery())
+            .select_from(orders)
+            .where(key.in_([])),
             sa.select(orders).where(key.in_([])).with_for_update(),
         ],
     )
