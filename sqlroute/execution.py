@@ -184,7 +184,10 @@ def plan(
         and described.shape.statement.keyspace.is_sharded
         and isinstance(declaration(insert), Sharded)
     ):
-        filled, keys = keyed_rows(described.statement, described.parameters)
+        if described.shape.statement.row_keys is not None:
+            keys = described.rows()
+        else:
+            filled, keys = keyed_rows(described.statement, described.parameters)
     try:
         found = session._router.plan(
             described,
@@ -479,7 +482,7 @@ def _work(call: Call, described: Described, target: Target, statement: Any) -> C
 def _split(call: Call, found: Plan) -> Result[Any]:
     """Send each row of an INSERT to its shard; the commit makes them one."""
     rows = call.parameters
-    if not isinstance(rows, list | tuple):
+    if not isinstance(rows, list | tuple) or len(rows) != sum(map(len, found.rows)):
         raise CrossShardRefused(
             "INSERT ... VALUES",
             "its rows belong to several shards; "

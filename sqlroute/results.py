@@ -23,7 +23,8 @@ def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
     first, spec = results[0], rewritten.spec
     visible = len(first.keys()) - spec.hidden
     if isinstance(first, CursorResult):  # its rows are processed when they are read: once is enough
-        columns = list(rewritten.statement.selected_columns)[:visible]
+        # of a text() none
+        columns = list(getattr(rewritten.statement, "selected_columns", ()))[:visible]
         metadata: Any = SimpleResultMetaData(
             list(first.keys())[:visible],
             extra=[(column,) for column in columns] if len(columns) == visible else None,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.catalog.functions import FunctionReader
+from sqlroute.catalog.tables import KEPT, READ_AGAIN, TableReader
 from sqlroute.errors import (
     ConfigError,
     ForeignToken,
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
+    from sqlroute.routing.statement import Statement
     from sqlroute.runtime.monitor import Monitor
     from sqlroute.session import RoutingSession
     from sqlroute.session_async import RoutingAsyncSession
@@ -118,6 +120,7 @@ class Router:
         self.policy = policy or Policy()
         self.planner = Planner(topology, known(self.policy))
         self._functions = FunctionReader(self.policy.connect_timeout)
+        self._tables = TableReader(self.policy.connect_timeout)
         # what a program needs when it makes a router, not when it imports one
         from sqlroute.runtime.discovery import Discovery
         from sqlroute.runtime.monitor import Monitor
@@ -213,7 +216,8 @@ class Router:
         """Route to other nodes from now on."""
         with self._reloading:
             with self._lock:
-                self.planner = Planner(topology, self.planner.functions)
+                known_so_far = self.planner
+                self.planner = Planner(topology, known_so_far.functions, known_so_far.tables)
                 self.topology = topology
             self.monitor.set_topology(topology)
             self._retired_async += self._engines[True].set_topology(topology)
@@ -343,6 +347,9 @@ class Router:
             situation.admit = self._usage.admit
         waits: Waits | None = None
         shape = described.shape.statement
+        if shape.is_text and demand.shard is None and self.learn_tables(shape, engines):
+            described.shape = self.planner.describe(described.statement, parameters=None).shape
+            shape = described.shape.statement
         if shape.undecided and self.learn_functions(shape.keyspace, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
         tries = 0
@@ -387,6 +394,36 @@ class Router:
         with self._lock:
             self.planner.functions = self.planner.functions.learnt(keyspace.name, found)
         return True
+
+    def learn_tables(self, statement: Statement, engines: Engines) -> bool:
+        """Read which tables there are, if it is time to; say whether that has told anything new.
+
+        At once where a text names one that is not known, though not more than once a second.
+        """
+        if not self.is_sharded:
+            return False
+        after = READ_AGAIN if statement.untold else KEPT
+        before = self.planner.tables
+        for keyspace in self.topology.keyspaces:
+            if not self._tables.claim(keyspace.name, after):
+                continue
+            found = blocking(engines, self._tables.read, keyspace, self.monitor.health)
+            if found is not None:
+                with self._lock:
+                    self.planner.tables = self.planner.tables.learnt(keyspace, found)
+        return self.planner.tables is not before
+
+    def declare(self, metadata: MetaData) -> None:
+        """Make the declarations of a metadata known to SQL text: views, reference tables.
+
+        :meth:`create_all` does so, too. Sharded tables are found in the catalog without it.
+
+        Raises:
+            InvalidShardKey, UnknownName: a declaration does not fit its table.
+        """
+        with self._lock:
+            default = self.topology.default
+            self.planner.tables = self.planner.tables.declaring(metadata, default)
 
     def _answer(
         self,
@@ -884,6 +921,7 @@ class Router:
         from sqlroute.catalog import schema
 
         schema.create_all(self, metadata)
+        self.declare(metadata)
 
     def drop_all(self, metadata: MetaData) -> None:
         """Drop the tables of a metadata on every shard; the catalog stays."""

@@ -8,7 +8,7 @@ query could mean another one by it. Nothing made here is ever run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeAlias
@@ -28,15 +28,24 @@ from sqlalchemy.sql import (
     union_all,
 )
 from sqlalchemy.sql import operators as ops
-from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    ClauseList,
+    ColumnElement,
+    Tuple,
+)
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.schema import Column, MetaData, Table
 from sqlalchemy.sql.selectable import CompoundSelect, Join, Select
+from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.sql.visitors import InternalTraversal
 
 from sqlroute.errors import UnknownName
-from sqlroute.routing.declare import reference_table, sharded_by
+from sqlroute.routing.declare import kind_of, reference_table, sharded_by
+from sqlroute.routing.functions import AGGREGATES
 from sqlroute.routing.hashing import KeyKind
-from sqlroute.routing.sqlvalues import Node, array, constant, read, type_of
+from sqlroute.routing.sqlvalues import Node, ReadAs, array, constant, read, type_of
 
 
 class Role(Enum):
@@ -57,6 +66,7 @@ class TableInfo:
         key: the shard key of a sharded table.
         keyspace: name of the keyspace it was found in.
         why: for a table of unknown role, what it is.
+        is_declared: SQLAlchemy's declaration says so, not what a catalog looks like.
     """
 
     name: str
@@ -65,11 +75,24 @@ class TableInfo:
     key: tuple[str, ...] = ()
     keyspace: str | None = None
     why: str = ""
+    is_declared: bool = False
 
     @property
     def kinds(self) -> tuple[KeyKind, ...]:
         """How each column of the key is hashed."""
         return tuple(kind for name in self.key if (kind := self.columns[name]) is not None)
+
+
+class UnknownTable(UnknownName):
+    """SQL text names a table that is neither declared nor in a catalog.
+
+    Attributes:
+        table: its name in the text.
+    """
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
 
 
 Tables: TypeAlias = Mapping[str, TableInfo]
@@ -95,6 +118,12 @@ class _Opaque(ColumnElement[Any]):
     def __init__(self, parts: Iterable[Any] = ()) -> None:
         self.parts = list(parts)
         self.type = types.NULLTYPE
+
+
+class _Merging(FunctionElement[Any]):
+    """Stands for what makes one row of several: a function that nothing is known of."""
+
+    inherit_cache = False
 
 
 @compiles(_Opaque)  # asking a SELECT for its FROM compiles it
@@ -195,17 +224,18 @@ class Tree:
 
     Attributes:
         names: of the parameters, by their number.
-        values: of what is compared with columns, by the keys of bind parameters made for it.
-        missing: the parameter behind each such key that has no value.
+        types: that the parameters have before SQL sees them, if any, by name.
+        expanding: names of the parameters that are rendered as a list in parentheses.
+        constants: values that are compared with columns, by the bind parameters made for them.
         used: the tables met so far, by name.
         followed: identities of the nodes of tables that were rebuilt.
     """
 
     tables: Tables
     names: Mapping[int, str]
-    parameters: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    types: Mapping[str, TypeEngine[Any]] = field(default_factory=dict)
+    expanding: Collection[str] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
     used: dict[str, TableInfo] = field(default_factory=dict)
     followed: set[int] = field(default_factory=set)
     _made: dict[str, Table] = field(default_factory=dict)
@@ -229,7 +259,7 @@ class Tree:
         """Return what a name in FROM is.
 
         Raises:
-            UnknownName: no such table.
+            UnknownTable: no such table.
         """
         schema, name = node.get("schemaname"), node["relname"]
         shown = f"{schema}.{name}" if schema else name
@@ -242,7 +272,9 @@ class Tree:
             )
         if found is None:
             known = sorted({i.name for i in self.tables.values() if i.role is not Role.UNKNOWN})
-            raise UnknownName(f"unknown table {shown!r}; known: {', '.join(known) or 'none'}")
+            raise UnknownTable(
+                f"unknown table {shown!r}; known: {', '.join(known) or 'none'}", shown
+            )
         self.used.setdefault(found.name, found)
         return found
 
@@ -394,8 +426,7 @@ class Tree:
         columns: list[Any] = []
         kinds: dict[str, KeyKind] = {}
         names: set[str] | None = set()
-        for target in body.get("targetList", []):
-            value = target["ResTarget"]
+        for value in _outputs(body, inner):
             found = _output(value, inner)
             if found is None or found[0] in kinds:
                 names = None
@@ -418,7 +449,9 @@ class Tree:
             )
         ]
         plain = [column for column in columns if not isinstance(column, _Opaque)]
-        opaque = [column for column in columns if isinstance(column, _Opaque)]
+        opaque: list[Any] = [column for column in columns if isinstance(column, _Opaque)]
+        if why_not_row_by_row(body) is not None:
+            opaque.append(_Merging())
         kept = {name: kind for name, kind in kinds.items() if any(c.key == name for c in plain)}
         block = self._block(inner, body.get("whereClause"), plain, rest, opaque)
         return block, known, kept
@@ -455,27 +488,65 @@ class Tree:
         if name == "BoolExpr" and value["boolop"] in ("AND_EXPR", "OR_EXPR"):
             join = and_ if value["boolop"] == "AND_EXPR" else or_
             return join(*(self._condition(arm, scope) for arm in value["args"]))
-        if name == "A_Expr" and _is_equality(value):
+        found = None
+        if name == "A_Expr":
             found = self._comparison(value, scope)
-            if found is not None:
-                return found
-        return _Opaque(self._parts(node, scope))
+        elif name == "SubLink" and value["subLinkType"] == "ANY_SUBLINK":
+            found = self._membership(value, scope)
+        return _Opaque(self._parts(node, scope)) if found is None else found
 
     def _comparison(self, value: Node, scope: _Scope) -> Any | None:
         left, right = value.get("lexpr", {}), value.get("rexpr", {})
-        kind = value["kind"]
+        kind, items = value["kind"], right.get("List", {}).get("items", [])
+        if kind == "AEXPR_BETWEEN":
+            low = self._bounded(left, items[0], ops.ge, scope)
+            high = self._bounded(left, items[1], ops.le, scope)
+            return None if low is None or high is None else and_(low, high)
+        operator = _operator(value)
+        if kind == "AEXPR_OP" and operator in _MIRRORED:
+            found = self._bounded(left, right, operator, scope)
+            if found is None:
+                found = self._bounded(right, left, _MIRRORED[operator], scope)
+            return found
+        if operator is not ops.eq:
+            return None
+        if kind == "AEXPR_NOT_DISTINCT":
+            return self._bounded(left, right, ops.is_not_distinct_from, scope)
+        if kind == "AEXPR_OP":
+            return self._equal(left, right, scope)
+        if kind == "AEXPR_IN" and "RowExpr" in left:
+            pairs = [self._equal(left, item, scope) for item in items]
+            known = [pair for pair in pairs if pair is not None]
+            return or_(*known) if known and len(known) == len(items) else None
         if kind == "AEXPR_IN":
-            items = right.get("List", {}).get("items", [])
-            if "RowExpr" in left:
-                pairs = [self._equal(left, item, scope) for item in items]
-                known = [pair for pair in pairs if pair is not None]
-                return or_(*known) if known and len(known) == len(items) else None
             return self._one_of(left, items, scope)
-        if kind == "AEXPR_OP_ANY":
-            if "A_ArrayExpr" in right:
-                return self._one_of(left, right["A_ArrayExpr"].get("elements", []), scope)
-            return self._one_of(left, None, scope, array=right)
-        return self._equal(left, right, scope)
+        if kind == "AEXPR_OP_ANY" and "A_ArrayExpr" in right:
+            return self._one_of(left, right["A_ArrayExpr"].get("elements", []), scope)
+        return self._any_of(left, right, scope) if kind == "AEXPR_OP_ANY" else None
+
+    def _bounded(self, left: Node, right: Node, operator: Any, scope: _Scope) -> Any | None:
+        column = _column(left, scope)
+        bind = None if column is None else self.bind(right, column[1])
+        return (
+            None if column is None or bind is None else BinaryExpression(column[0], bind, operator)
+        )
+
+    def _membership(self, value: Node, scope: _Scope) -> Any | None:
+        """Return ``column IN (SELECT column ...)``, ``None`` where the columns are not certain."""
+        body = value["subselect"]["SelectStmt"]
+        test = value["testexpr"]
+        tests = test["RowExpr"].get("args", []) if "RowExpr" in test else [test]
+        columns = [_column(node, scope) for node in tests]
+        known = [column[0] for column in columns if column is not None]
+        is_equal = "operName" not in value or _name(value["operName"]) == "="
+        if not is_equal or len(known) < len(tests) or why_not_row_by_row(body) is not None:
+            return None
+        inner = self._select(body, scope)
+        is_star = any(_is_star(target["ResTarget"]) for target in body.get("targetList", []))
+        if is_star or len(inner._raw_columns) != len(tests) + 1:
+            return None  # of some column only the rest that stands behind the others is known
+        left = Tuple(*known) if len(known) > 1 else known[0]
+        return BinaryExpression(left, inner.scalar_subquery(), ops.in_op)
 
     def _equal(self, left: Node, right: Node, scope: _Scope) -> Any | None:
         if "RowExpr" in left and "RowExpr" in right:
@@ -492,74 +563,53 @@ class Tree:
         column, constant = (one, right) if one is not None else (other, left)
         if column is None:
             return None
-        bind = self._bind(constant, column[1])
+        bind = self.bind(constant, column[1])
         return None if bind is None else BinaryExpression(column[0], bind, ops.eq)
 
-    def _one_of(
-        self, left: Node, items: list[Node] | None, scope: _Scope, array: Node | None = None
-    ) -> Any | None:
+    def _any_of(self, left: Node, array: Node, scope: _Scope) -> Any | None:
+        column = _column(left, scope)
+        bind = None if column is None else self.bind(array, column[1], many=True)
+        return (
+            None if column is None or bind is None else BinaryExpression(column[0], bind, ops.in_op)
+        )
+
+    def _one_of(self, left: Node, items: list[Node], scope: _Scope) -> Any | None:
         column = _column(left, scope)
         if column is None:
             return None
-        if array is not None:
-            bind = self._bind(array, column[1], many=True)
-        else:
-            bind = self._list(items or [], column[1])
-        return None if bind is None else BinaryExpression(column[0], bind, ops.in_op)
+        binds = [self.bind(item, column[1]) for item in items]
+        known = [bind for bind in binds if bind is not None]
+        if len(known) < len(binds):
+            return None
+        if len(known) == 1 and known[0].expanding:
+            return BinaryExpression(column[0], known[0], ops.in_op)
+        listed: Any = ClauseList(*known, group=False)
+        return BinaryExpression(column[0], listed, ops.in_op)
 
-    def _list(self, items: list[Node], kind: KeyKind) -> Any | None:
-        """Return one parameter for a list of constants and parameters."""
-        values: list[Any] = []
-        missing: str | None = None
-        for item in items:
-            found = constant(item, kind)
-            if found is None:
-                return None
-            number, value = found
-            name = self.names[number] if number is not None else None
-            if name is not None and name not in self.parameters:
-                missing = name
-                continue
-            try:
-                values.append(read(self.parameters[name] if name else value, kind))
-            except ValueError:
-                return None
-        return self._parameter(kind, values, many=True, missing=missing)
-
-    def _bind(self, node: Node, kind: KeyKind, *, many: bool = False) -> Any | None:
+    def bind(self, node: Node, kind: KeyKind, *, many: bool = False) -> BindParameter[Any] | None:
+        """Return the parameter of a constant or a parameter, ``None`` for anything else."""
         found = constant(node, kind, many=many)
         if found is None:
             return None
         number, value = found
         if number is None:
-            name = None
-        else:
-            name = self.names[number]
-            if name not in self.parameters:
-                return self._parameter(kind, None, many=many, missing=name)
-            value = self.parameters[name]
+            return self._constant(value, kind, many=many)
+        name = self.names[number]
+        own = self.types.get(name, types.NULLTYPE)
+        if many and isinstance(own, types.ARRAY):
+            own = own.item_type
+        if not isinstance(own, types.NullType) and kind_of(own) is not kind:
+            return None  # it is compared as another type: by other rules, with another hash
+        is_list = many or name in self.expanding
+        return BindParameter(name, None, type_=ReadAs(kind, own), expanding=is_list, required=False)
+
+    def _constant(self, value: Any, kind: KeyKind, *, many: bool) -> BindParameter[Any] | None:
         try:
-            read_value = [read(item, kind) for item in array(value)] if many else read(value, kind)
+            value = [read(item, kind) for item in array(value)] if many else read(value, kind)
         except ValueError:
             return None
-        return self._parameter(kind, read_value, many=many, name=name)
-
-    def _parameter(
-        self,
-        kind: KeyKind,
-        value: Any,
-        *,
-        many: bool = False,
-        name: str | None = None,
-        missing: str | None = None,
-    ) -> Any:
-        key = name or missing or f"constant {len(self.values) + 1}"
-        if self.values.get(key, value) != value or key in self.missing:
-            key = f"{key} as {kind.value} {len(self.values) + 1}"
-        if missing is None:
-            self.values[key] = value
-        else:
-            self.missing[key] = missing
+        key = f"constant {len(self.constants) + 1}"
+        self.constants[key] = value
         return BindParameter(key, value, type_=type_of(kind), expanding=many, required=False)
 
     def _parts(self, tree: Any, scope: _Scope) -> list[Any]:
@@ -577,12 +627,89 @@ class Tree:
         return found
 
 
+_CLAUSES = {
+    "sortClause": "ORDER BY",
+    "limitCount": "LIMIT",
+    "limitOffset": "OFFSET",
+    "distinctClause": "DISTINCT",
+    "groupClause": "GROUP BY",
+    "havingClause": "HAVING",
+    "windowClause": "WINDOW",
+    "valuesLists": "VALUES",
+}
+
+
+def why_not_row_by_row(body: Node) -> str | None:
+    """Return the clause by which a SELECT is more than the rows of each shard, one after another.
+
+    ``None`` where it is just those.
+    """
+    operation = body.get("op", "SETOP_NONE")
+    if operation != "SETOP_NONE":
+        return str(operation.removeprefix("SETOP_"))
+    for clause, name in _CLAUSES.items():
+        if body.get(clause):
+            return name
+    return next(_aggregates(body.get("targetList", [])), None)
+
+
+def _aggregates(tree: Any) -> Iterator[str]:
+    """Yield the calls of aggregates and window functions, those in subqueries aside."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _aggregates(item)
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name == "SelectStmt":
+                continue
+            if name == "FuncCall":
+                called = value["funcname"][-1]["String"]["sval"]
+                if called in AGGREGATES or "over" in value:
+                    yield f"{called}()"
+            elif name in ("JsonArrayAgg", "JsonObjectAgg", "GroupingFunc"):
+                yield name
+            yield from _aggregates(value)
+
+
 def _column(node: Node, scope: _Scope) -> Resolved | None:
     fields = node.get("ColumnRef", {}).get("fields", [])
     path = [field["String"]["sval"] for field in fields if "String" in field]
     if len(path) != len(fields) or len(path) not in (1, 2):
         return None
     return scope.column(path)
+
+
+def _outputs(body: Node, scope: _Scope) -> Iterator[Node]:
+    """Yield the items of the select list, for ``*`` the columns that it means if known."""
+    for target in body.get("targetList", []):
+        value = target["ResTarget"]
+        expanded = _expanded(value, scope) if _is_star(value) else None
+        if expanded is None:
+            yield value
+            continue
+        for path in expanded:
+            fields = [{"String": {"sval": part}} for part in path]
+            yield {"val": {"ColumnRef": {"fields": fields}}}
+
+
+def _is_star(value: Node) -> bool:
+    fields = value["val"].get("ColumnRef", {}).get("fields", [])
+    return bool(fields) and "A_Star" in fields[-1]
+
+
+def _expanded(value: Node, scope: _Scope) -> list[tuple[str, str]] | None:
+    """Return the columns of ``*`` or ``alias.*``, in no order; ``None`` if not certain."""
+    *owner, _ = value["val"]["ColumnRef"]["fields"]
+    alias = owner[0].get("String", {}).get("sval") if owner else None
+    sources = [source for item in scope.items for source in item.sources]
+    aliases = [source.alias for source in sources]
+    is_merged = not owner and any(item.merged for item in scope.items)
+    if len(owner) > 1 or is_merged or "" in aliases or len(set(aliases)) < len(aliases):
+        return None
+    chosen = [source for source in sources if alias in (None, source.alias)]
+    if any(source.names is None for source in chosen):
+        return None
+    return [(source.alias, name) for source in chosen for name in source.names or ()]
 
 
 def _output(value: Node, scope: _Scope) -> tuple[str, Resolved | None] | None:
@@ -599,9 +726,15 @@ def _output(value: Node, scope: _Scope) -> tuple[str, Resolved | None] | None:
     return None
 
 
-def _is_equality(value: Node) -> bool:
-    name = [part.get("String", {}).get("sval") for part in value.get("name", [])]
-    return value["kind"] in ("AEXPR_OP", "AEXPR_IN", "AEXPR_OP_ANY") and name in (
-        ["="],
-        ["pg_catalog", "="],
-    )
+_OPERATORS = {"=": ops.eq, ">=": ops.ge, ">": ops.gt, "<=": ops.le, "<": ops.lt}
+_MIRRORED = {ops.ge: ops.le, ops.gt: ops.lt, ops.le: ops.ge, ops.lt: ops.gt}
+
+
+def _operator(value: Node) -> Any | None:
+    return _OPERATORS.get(_name(value["name"]))
+
+
+def _name(parts: list[Node]) -> str:
+    """Return the name of PostgreSQL's own operator, an empty text for any other."""
+    *schema, name = [part.get("String", {}).get("sval", "") for part in parts]
+    return name if schema in ([], ["pg_catalog"]) else ""

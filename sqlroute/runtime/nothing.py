@@ -20,7 +20,7 @@ def no_rows() -> Engine:
     """Return the engine; there is one per process, and it holds nothing."""
     dialect = _Dialect(dbapi=PGDialect_psycopg.import_dbapi())  # type: ignore[no-untyped-call]
     connect: Any = _Connection
-    return Engine(NullPool(connect), dialect, make_url("postgresql+psycopg://"))
+    return Engine(NullPool(connect, dialect=dialect), dialect, make_url("postgresql+psycopg://"))
 
 
 class _Cursor:
@@ -56,7 +56,13 @@ class _Dialect(PGDialect_psycopg):
     supports_statement_cache = True
     supports_server_side_cursors = False
 
-    def do_execute(self, cursor: Any, *_: Any, context: Any = None) -> None:
+    def do_execute(
+        self,
+        cursor: Any,
+        statement: Any,  # noqa: ARG002 - the name is SQLAlchemy's
+        parameters: Any,  # noqa: ARG002 - likewise
+        context: Any = None,
+    ) -> None:
         columns = context.compiled._result_columns
         cursor.description = [(column.keyname, None, *[None] * 5) for column in columns]
 
