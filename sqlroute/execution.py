@@ -22,6 +22,7 @@ from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
 from sqlroute.results import merged
 from sqlroute.routing.declare import Sharded, declaration
+from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described
 from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named
@@ -256,6 +257,33 @@ def merge_of(session: RoutingMixin, described: Described, found: Plan) -> tuple[
     return session._router.planner.merge(described, found, code_points)
 
 
+def explained(session: RoutingMixin, described: Described, found: Plan) -> Plan:
+    """Return a plan with its merge, and with the SQL that each of its nodes would be sent.
+
+    Raises:
+        CrossShardRefused: it has no exact merge; names the clause.
+    """
+    statements = [described.statement] * len(found.targets)
+    if found.tier is Tier.SCATTER:
+        rewritten, found = merge_of(session, described, found)
+        lists = found.lists or ({},) * len(found.targets)
+        statements = [rewritten.statement.params(_by_key(described, own)) for own in lists]
+    given = described.parameters if isinstance(described.parameters, Mapping) else {}
+    return replace(found, sql=tuple(_sql(statement, given) for statement in statements))
+
+
+def _sql(statement: Any, given: Mapping[str, Any]) -> str:
+    """Return the SQL of a statement, its parameters by name; a list that is not known by a mark."""
+    known = {key: value for key, value in given.items() if key not in statement._params}
+    statement = statement.params(known) if known else statement
+    compile = partial(statement.compile, dialect=reference_dialect())
+    try:
+        compiled = compile(compile_kwargs={"render_postcompile": True})
+    except sa_exc.InvalidRequestError:
+        compiled = compile()
+    return " ".join(str(compiled).split())
+
+
 def _single(call: Call, described: Described, found: Plan) -> Any:
     target = found.target
     session = call.session
@@ -455,15 +483,20 @@ def _with_lists(
     call: Call, described: Described, statement: Any, lists: Mapping[str, Any]
 ) -> tuple[Call, Any]:
     """Return call and statement with what one shard is sent of each list of keys."""
-    shape = described.shape
-    own = {
-        described.binds[shape.position[key]].key if key in shape.position else key: values
-        for key, values in lists.items()
-    }
+    own = _by_key(described, lists)
     given = call.parameters
     if given:
         call = replace(call, parameters={**given, **{k: v for k, v in own.items() if k in given}})
     return call, statement.params(own)
+
+
+def _by_key(described: Described, lists: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lists by the keys that this statement's bind parameters have; a shape's are others."""
+    position, binds = described.shape.position, described.binds
+    return {
+        binds[position[key]].key if key in position else key: values
+        for key, values in lists.items()
+    }
 
 
 def _work(call: Call, described: Described, target: Target, statement: Any) -> Callable[[], Any]:
@@ -592,4 +625,4 @@ def _token(shard: str) -> dict[str, Any]:
     return {"identity_token": shard}
 
 
-__all__ = ["BIND", "Call", "Connection", "execute", "merge_of", "plan"]
+__all__ = ["BIND", "Call", "Connection", "execute", "explained", "merge_of", "plan"]

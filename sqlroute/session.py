@@ -47,11 +47,11 @@ from sqlroute.errors import (
     UnknownName,
 )
 from sqlroute.events import Retried
-from sqlroute.execution import BIND, Call, execute, merge_of, plan
+from sqlroute.execution import BIND, Call, execute, explained, plan
 from sqlroute.references import copy_after_flush
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
-from sqlroute.routing.plan import Plan, Target, Tier
+from sqlroute.routing.plan import Plan, Target
 from sqlroute.routing.policy import (
     Consistency,
     Intent,
@@ -181,6 +181,8 @@ class RoutingMixin(Asking, _Base):
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that this session would make for a statement now, without running it.
 
+        Printed, it says the tier, each node with the SQL it would be sent, the merge, and why.
+
         Raises:
             PlanError: it cannot be routed.
             TopologyError: no node can take it now.
@@ -188,7 +190,7 @@ class RoutingMixin(Asking, _Base):
         options = dict(getattr(statement, "_execution_options", {}))
         described = self._router.planner.describe(statement, parameters)
         found, _ = plan(self, described, options, is_real=False)
-        return merge_of(self, described, found)[1] if found.tier is Tier.SCATTER else found
+        return explained(self, described, found)
 
     # the first door: execute
 

@@ -55,6 +55,8 @@ def plan(document: Document) -> RenderableType:
         mode = "in the transaction" if target["in_transaction"] else "autocommit"
         where = f"{target['shard']}: {target['role']} {target['node']}, {mode}"
         lines.append(f"  -> [cyan]{_escaped(where)}[/] [dim]({_escaped(target['reason'])})[/]")
+        if target.get("sql"):
+            lines.append(f"     sends {_escaped(target['sql'])}")
     lines += [f"  merge: {_escaped(step)}" for step in document["merge"]]
     lines += [f"  because {_escaped(reason)}" for reason in document["reasons"]]
     if document.get("note"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ def explain_text(
         router.topology.shard(position.shard)
         affinity = affinity.seen(position)
     found = router.plan(described, affinity, engines, demand=demand, keys=rows)
-    return {"statement": sql, **found.describe(), "note": NOTE}
+    sent = replace(found, sql=(" ".join(sql.split()),) * len(found.targets))
+    return {"statement": sql, **sent.describe(), "note": NOTE}
 
 
 def described_text(text: TextStatement, parameters: Mapping[str, Any]) -> Described:

@@ -68,6 +68,7 @@ class Plan:
         rows: for SPLIT, the indexes of the rows of each target.
         lists: for SCATTER, the parameters of which each target is sent just its values; empty where
             all are sent the same.
+        sql: what each target is sent, where the plan is made to be shown.
     """
 
     tier: Tier
@@ -77,6 +78,7 @@ class Plan:
     reasons: tuple[str, ...]
     merge: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
+    sql: tuple[str, ...] = ()
     lists: tuple[Mapping[str, list[Any]], ...] = field(default=(), compare=False)
 
     @property
@@ -101,16 +103,24 @@ class Plan:
                     "role": "primary" if target.is_primary else "replica",
                     "in_transaction": target.in_transaction,
                     "reason": target.reason,
+                    **({"sql": self.sql[index]} if self.sql else {}),
                 }
-                for target in self.targets
+                for index, target in enumerate(self.targets)
             ],
             "merge": list(self.merge),
             "reasons": list(self.reasons),
         }
 
+    def sent(self) -> list[str]:
+        """Return what is sent, as lines: once where all are sent the same."""
+        if len(set(self.sql)) <= 1:
+            return [f"  sends {sql}" for sql in self.sql[:1]]
+        return [f"  sends {s} {sql}" for s, sql in zip(self.shards, self.sql, strict=True)]
+
     def __str__(self) -> str:
         lines = [f"{self.tier.value} ({self.kind})"]
         lines += [f"  -> {target}" for target in self.targets]
+        lines += self.sent()
         lines += [f"  merge: {step}" for step in self.merge]
         lines += [f"  because {reason}" for reason in self.reasons]
         return "\n".join(lines)

@@ -475,3 +475,33 @@ def test_async_sessions_do_the_same(sides: Sides) -> None:
             )
 
     assert asyncio.run(read()) == ([], [], sides.keys, sides.keys)
+
+
+class TestExplain:
+    """What would be done is shown with the SQL of each shard."""
+
+    def test_each_shard_is_shown_its_own_list(self, sides: Sides, session: RoutingSession) -> None:
+        keys = [*sides.mine["s0"], sides.there]
+        statement = select(Customer.id).where(Customer.id.in_(keys)).order_by(Customer.score)
+        sides.ran.clear()
+        found = session.explain(statement.limit(2))
+
+        assert [sql.count("id_1_") for sql in found.sql] == [4, 1]
+        assert all("score" in sql and "LIMIT" in sql for sql in found.sql)
+        assert "sends s1 SELECT" in str(found)
+        assert [t["sql"] for t in found.describe()["targets"]] == list(found.sql)
+        assert sides.ran.statements == []
+
+    def test_one_text_for_all_is_shown_once(self, sides: Sides, session: RoutingSession) -> None:
+        found = session.explain(sa.text("SELECT *\nFROM customer WHERE id <> :id"), {"id": 1})
+
+        assert str(found).count("sends SELECT * FROM customer WHERE id <> %(id)s") == 1
+
+    def test_a_list_that_is_not_known_is_shown_by_its_name(
+        self, sides: Sides, session: RoutingSession
+    ) -> None:
+        ids = Customer.id.in_(sa.bindparam("ids", expanding=True))
+
+        assert "ids" in session.explain(select(Customer.id).where(ids)).sql[0]
+        nobody = session.explain(select(Customer.id).where(ids), {"ids": []})
+        assert (nobody.tier.value, nobody.sql) == ("empty", ())
