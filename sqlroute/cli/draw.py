@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from sqlroute.cli.output import Document
 
+SHOWN = 100
+"""How many characters of a statement are shown."""
+
 _COLOURS = {"up": "green", "down": "red", "suspect": "yellow", "recovering": "yellow"}
 
 
@@ -62,6 +65,38 @@ def plan(document: Document) -> RenderableType:
     if document.get("note"):
         lines.append(f"[dim]{_escaped(document['note'])}[/]")
     return _lines(*lines)
+
+
+def advice(document: Document) -> RenderableType:
+    calls, statements = document["calls"], document["statements"]
+    parts: list[Any] = [f"{statements} statements, {calls} calls, {document['tables']} tables"]
+    if document["now"] is not None:
+        parts += ["[bold]as it is now[/]", _judged(document["now"]["statements"])]
+    if document["schemes"]:
+        needs = document["schemes"][0]["needs"]
+        parts += ["[bold]keys that were tried, the best first[/]", _schemes(document)]
+        parts += [f"for the first, {_escaped(need)}" for need in needs]
+        parts += ["[bold]under the first of them[/]", _judged(document["best"])]
+    return _lines(*parts)
+
+
+def _schemes(document: Document) -> RenderableType:
+    table = _table("score", "one shard", "data spread", "several", "coordinator", "refused", "key")
+    for scheme in document["schemes"]:
+        calls = scheme["calls"]
+        key = ", ".join(f"{name}.{column}" for name, column in scheme["key"].items())
+        shares = (f"{scheme[name]:.0%}" for name in ("score", "on_one_shard", "data_spread"))
+        counts = (calls[name] for name in ("several shards", "coordinator", "refused"))
+        table.add_row(*shares, *map(_text, counts), _escaped(key))
+    return table
+
+
+def _judged(statements: list[Document]) -> RenderableType:
+    table = _table("calls", "goes to", "why", "statement")
+    for one in statements:
+        sql = one["sql"] if len(one["sql"]) <= SHOWN else one["sql"][: SHOWN - 1] + "…"
+        table.add_row(_text(one["calls"]), one["reach"], _escaped(one["why"]), _escaped(sql))
+    return table
 
 
 def located(document: Document) -> RenderableType:

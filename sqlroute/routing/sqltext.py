@@ -21,7 +21,7 @@ from sqlroute.routing.declare import shard_key
 from sqlroute.routing.functions import BUILT_IN, Functions, Judgement, judge
 from sqlroute.routing.keys import Bind
 from sqlroute.routing.sqlfacts import TextFacts, named, nodes, sets_something, tree_facts
-from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree, why_not_row_by_row
+from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree, clauses, why_not_row_by_row
 from sqlroute.routing.sqlvalues import Node
 from sqlroute.routing.statement import Kind, Placement, Statement, describe, with_opaque
 from sqlroute.topology import Keyspace, Topology
@@ -36,12 +36,14 @@ class TextStatement:
     Attributes:
         constants: values that it compares with columns, by the names its recipes have for them.
         names: of its parameters.
+        clauses: of a SELECT, what makes more of several rows than those rows.
     """
 
     sql: str
     statement: Statement
     constants: Mapping[str, Any]
     names: frozenset[str]
+    clauses: tuple[str, ...] = ()
 
 
 def describe_text(
@@ -80,6 +82,62 @@ def describe_clause(
     return _described(clause.text, sql, tree, topology, functions)
 
 
+def rebuilt(sql: str, tables: Tables) -> Any:
+    """Return a statement as far as it was understood, over tables made for it; never to be run.
+
+    Raises: as :func:`describe_text`.
+    """
+    numbered, names = _numbered(sql)
+    (name, body), *_ = _parsed(numbered, sql).items()
+    tree = Tree(tables, names)
+    if name == "SelectStmt":
+        return tree.query(body)
+    if name in ("InsertStmt", "UpdateStmt", "DeleteStmt"):
+        return tree.written(body)
+    raise PlanError(f"{sql[:60]!r} is no query")
+
+
+def inserted(sql: str, tables: Tables) -> list[tuple[str, str]]:
+    """Return (table, column) of each column that an INSERT gives a constant or a parameter.
+
+    Raises: as :func:`describe_text`.
+    """
+    numbered, names = _numbered(sql)
+    root = _parsed(numbered, sql)
+    if "InsertStmt" not in root:
+        return []
+    body, tree = root["InsertStmt"], Tree(tables, names)
+    info = tree.info(body["relation"])
+    lists = body.get("selectStmt", {}).get("SelectStmt", {}).get("valuesLists", [])
+    columns = _columns(body, info)
+    found = []
+    for row in lists[:1]:
+        for column, node in zip(columns, row["List"]["items"], strict=False):
+            kind = info.columns.get(column)
+            if kind is not None and tree.bind(node, kind) is not None:
+                found.append((info.name, column))
+    return found
+
+
+def statements(sql: str) -> list[str]:
+    """Return the statements of a text, which are parted by ``;``, or one in each line.
+
+    Raises:
+        PlanError: neither can be parsed.
+    """
+    numbered, _ = _numbered(sql)
+    lines = [line for line in numbered.splitlines() if line.strip()]
+    if ";" not in numbered:
+        return [line for line in lines if not line.lstrip().startswith("--")]
+    text = numbered.encode()
+    found = []
+    for statement in _all_parsed(numbered):
+        start = statement.get("stmt_location", 0)
+        length = statement.get("stmt_len", 0) or len(text) - start
+        found.append(text[start : start + length].decode().strip())
+    return found
+
+
 # Text to tree
 
 
@@ -111,6 +169,14 @@ def _numbered(sql: str) -> tuple[str, dict[int, str]]:
 
 
 def _parsed(numbered: str, sql: str) -> Node:
+    statements = _all_parsed(numbered)
+    if len(statements) != 1:
+        raise PlanError(f"one statement is described at a time, {sql[:60]!r} has {len(statements)}")
+    root: Node = statements[0]["stmt"]
+    return root
+
+
+def _all_parsed(numbered: str) -> list[Node]:
     try:
         import pgparse
     except ImportError:
@@ -118,14 +184,11 @@ def _parsed(numbered: str, sql: str) -> Node:
             "SQL text is parsed by pgparse, which is not installed; install sqlroute[parse]"
         ) from None
     try:
-        statements = pgparse.parse(numbered)
+        found: list[Node] = pgparse.parse(numbered)
     except pgparse.PGQueryError as exc:
         message = exc.args[0] if exc.args else str(exc)
         raise PlanError(f"the SQL text cannot be parsed: {message}") from None
-    if len(statements) != 1:
-        raise PlanError(f"one statement is described at a time, {sql[:60]!r} has {len(statements)}")
-    root: Node = statements[0]["stmt"]
-    return root
+    return found
 
 
 # What the whole tree says of reading and writing
@@ -157,7 +220,8 @@ def _described(
         calls_foreign=judged.opaque is not None,
         undecided=judged.undecided and found.kind is Kind.UNKNOWN,
     )
-    return TextStatement(sql, found, tree.constants, frozenset(tree.names.values()))
+    more = tuple(clauses(root["SelectStmt"])) if "SelectStmt" in root else ()
+    return TextStatement(sql, found, tree.constants, frozenset(tree.names.values()), more)
 
 
 def _statement(
@@ -310,8 +374,12 @@ def _rows(
             f"rows for {info.name} come from no VALUES: their keys ({', '.join(info.key)}) "
             "are not known before it runs; read the rows first and insert them"
         )
-    columns = [item["ResTarget"]["name"] for item in body.get("cols", [])] or [*info.columns]
+    columns = _columns(body, info)
     return tuple(_row(info, columns, row["List"]["items"], tree) for row in lists)
+
+
+def _columns(body: Node, info: TableInfo) -> list[str]:
+    return [item["ResTarget"]["name"] for item in body.get("cols", [])] or [*info.columns]
 
 
 def _row(info: TableInfo, columns: list[str], items: list[Node], tree: Tree) -> Mapping[str, Bind]:

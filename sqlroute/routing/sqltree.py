@@ -644,13 +644,19 @@ def why_not_row_by_row(body: Node) -> str | None:
 
     ``None`` where it is just those.
     """
+    return next(clauses(body), None)
+
+
+def clauses(body: Node) -> Iterator[str]:
+    """Yield the clauses of a SELECT that make more of several rows, subqueries aside."""
     operation = body.get("op", "SETOP_NONE")
     if operation != "SETOP_NONE":
-        return str(operation.removeprefix("SETOP_"))
+        yield str(operation.removeprefix("SETOP_"))
     for clause, name in _CLAUSES.items():
         if body.get(clause):
-            return name
-    return next(_aggregates(body.get("targetList", [])), None)
+            is_on = clause == "distinctClause" and body[clause][0]
+            yield "DISTINCT ON" if is_on else name
+    yield from _aggregates([body.get("targetList", []), body.get("sortClause", [])])
 
 
 def _aggregates(tree: Any) -> Iterator[str]:
@@ -663,12 +669,18 @@ def _aggregates(tree: Any) -> Iterator[str]:
             if name == "SelectStmt":
                 continue
             if name == "FuncCall":
-                called = value["funcname"][-1]["String"]["sval"]
-                if called in AGGREGATES or "over" in value:
-                    yield f"{called}()"
+                yield from _aggregate(value)
             elif name in ("JsonArrayAgg", "JsonObjectAgg", "GroupingFunc"):
                 yield name
             yield from _aggregates(value)
+
+
+def _aggregate(call: Node) -> Iterator[str]:
+    called = call["funcname"][-1]["String"]["sval"]
+    if "over" in call:
+        yield f"{called}() OVER"
+    elif called in AGGREGATES:
+        yield f"{called}(DISTINCT)" if call.get("agg_distinct") else f"{called}()"
 
 
 def _column(node: Node, scope: _Scope) -> Resolved | None:
