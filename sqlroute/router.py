@@ -53,7 +53,7 @@ from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
 from sqlroute.routing.functions import known
 from sqlroute.routing.plan import Plan, Target
-from sqlroute.routing.planner import Described, OldMap, Planner, map_of, plan, plan_rows
+from sqlroute.routing.planner import Described, OldMap, Planner, Shape, map_of, plan, plan_rows
 from sqlroute.routing.policy import (
     AUTOMATIC,
     Consistency,
@@ -83,7 +83,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
-    from sqlroute.routing.statement import Statement
     from sqlroute.runtime.monitor import Monitor
     from sqlroute.session import RoutingSession
     from sqlroute.session_async import RoutingAsyncSession
@@ -346,11 +345,9 @@ class Router:
         if is_real:
             situation.admit = self._usage.admit
         waits: Waits | None = None
-        shape = described.shape.statement
-        if shape.is_text and demand.shard is None and self.learn_tables(shape, engines):
+        if demand.shard is None and self._learns_tables(described.shape, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
-            shape = described.shape.statement
-        if shape.undecided and self.learn_functions(shape.keyspace, engines):
+        if self._learns_functions(described.shape, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
         tries = 0
         while tries < TRIES:
@@ -395,14 +392,20 @@ class Router:
             self.planner.functions = self.planner.functions.learnt(keyspace.name, found)
         return True
 
-    def learn_tables(self, statement: Statement, engines: Engines) -> bool:
-        """Read which tables there are, if it is time to; say whether that has told anything new.
+    def _learns_functions(self, shape: Shape, engines: Engines) -> bool:
+        """Say whether more was read of the functions that a shape of the planner's calls."""
+        found = shape.statement
+        is_open = found.undecided and shape.functions is not None
+        return is_open and self.learn_functions(found.keyspace, engines)
 
-        At once where a text names one that is not known, though not more than once a second.
+    def _learns_tables(self, shape: Shape, engines: Engines) -> bool:
+        """Read which tables SQL text may name, if it is time to; say if that told anything new.
+
+        At once where it names one that is not known, though not more than once a second.
         """
-        if not self.is_sharded:
+        if shape.tables is None:
             return False
-        after = READ_AGAIN if statement.untold else KEPT
+        after = READ_AGAIN if shape.statement.untold else KEPT
         before = self.planner.tables
         for keyspace in self.topology.keyspaces:
             if not self._tables.claim(keyspace.name, after):

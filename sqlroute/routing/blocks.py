@@ -13,7 +13,7 @@ a number of its own, and a column belongs to the nearest use around it, as SQLAl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -98,7 +98,7 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
 
     The table of an INSERT is no use: its rows carry the keys.
     """
-    walk = _Walk(_count_of_binds(core))
+    walk = _Walk(core)
     if isinstance(core, Select):
         scope = _Scope()
         _select(core, walk, scope, Block())
@@ -126,11 +126,6 @@ def _require(select: Select[Any], scope: _Scope) -> None:
         leaf.is_required = True
         if is_never:
             leaf.recipe = NO_BUCKET
-
-
-def _count_of_binds(core: Any) -> Mapping[str, int]:
-    elements = visitors.iterate(core)
-    return Counter(part.key for part in elements if isinstance(part, BindParameter))
 
 
 def extra_froms(statement: UpdateBase) -> list[FromClause]:
@@ -183,8 +178,9 @@ class _Leaf:
     def roots(self) -> tuple[ColumnId, ...]:
         return tuple(self.classes.root(column) for column in self.columns())
 
-    def wanted(self, count: Mapping[str, int]) -> WantedKey:
-        return WantedKey(self.columns(), self.roots(), self.key.kinds, self.classes.root, count)
+    def wanted(self, is_used_once: Callable[[str], bool]) -> WantedKey:
+        columns, root = self.columns(), self.classes.root
+        return WantedKey(columns, self.roots(), self.key.kinds, root, is_used_once)
 
 
 @dataclass(slots=True)
@@ -215,11 +211,11 @@ class _Walk:
     """What is known so far.
 
     Attributes:
-        count: how often each bind parameter is used in the statement.
+        core: the whole statement.
         is_aggregated_inside: a subquery aggregates the rows of a query around it.
     """
 
-    count: Mapping[str, int]
+    core: Any
     classes: _Classes = field(default_factory=_Classes)
     leaves: list[_Leaf] = field(default_factory=list)
     hindrance: tuple[str, str] | None = None
@@ -228,6 +224,14 @@ class _Walk:
     detached: bool = False
     uses: int = 0
     seen: set[int] = field(default_factory=set)
+    binds: Counter[str] | None = None
+
+    def is_used_once(self, key: str) -> bool:
+        """Say whether a bind parameter is used in one place of the statement only."""
+        if self.binds is None:
+            elements = visitors.iterate(self.core)
+            self.binds = Counter(part.key for part in elements if isinstance(part, BindParameter))
+        return self.binds[key] == 1
 
     def hinder(self, clause: str, why: str) -> None:
         if self.hindrance is None:
@@ -773,7 +777,7 @@ def _restrict(scope: _Scope, inherited: list[Conjunct], walk: _Walk) -> None:
     """Give each leaf the recipe that the conjuncts of its scope and of those around it make."""
     conditions = [*inherited, *scope.conjuncts]
     for leaf in scope.leaves:
-        leaf.recipe = recipe(conditions, leaf.wanted(walk.count))
+        leaf.recipe = recipe(conditions, leaf.wanted(walk.is_used_once))
     for child in scope.children:
         _restrict(child, conditions, walk)
 

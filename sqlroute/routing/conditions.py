@@ -69,14 +69,14 @@ class WantedKey:
         roots: the class of each column: what is equal to it.
         kinds: how each is hashed.
         root: gives the class of a column.
-        count: how often the statement uses a bind parameter.
+        is_used_once: says whether the statement has a bind parameter in one place only.
     """
 
     columns: tuple[ColumnId, ...]
     roots: tuple[ColumnId, ...]
     kinds: tuple[KeyKind, ...]
     root: Callable[[ColumnId], ColumnId]
-    count: Mapping[str, int]
+    is_used_once: Callable[[str], bool]
 
 
 def split(condition: Any) -> Iterator[Any]:
@@ -190,10 +190,15 @@ def _facts(conjunct: Conjunct, key: WantedKey) -> Iterator[tuple[int, Source | _
         root = key.root(identity)
         for index, wanted in enumerate(key.roots):
             if root == wanted:
-                is_own = identity == key.columns[index]
-                fact = _fact(operator, value, key.kinds[index], key.count if is_own else {})
+                splits = key.is_used_once if identity == key.columns[index] else _never
+                fact = _fact(operator, value, key.kinds[index], splits)
                 if fact is not None:
                     yield index, fact
+
+
+def _never(_: str) -> bool:
+    """Say that a list is not to be split: its column is equal to the key, but not the key."""
+    return False
 
 
 def _comparisons(condition: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -223,7 +228,7 @@ def _sides(condition: BinaryExpression[Any]) -> list[tuple[Any, Any]]:
 
 
 def _fact(
-    operator: Any, value: Any, kind: KeyKind, count: Mapping[str, int]
+    operator: Any, value: Any, kind: KeyKind, splits: Callable[[str], bool]
 ) -> Source | _Bound | None:
     if operator in _BOUNDS:
         bind = _one(value, kind) if kind is KeyKind.INTEGER else None
@@ -231,11 +236,11 @@ def _fact(
     if operator is operators.is_not_distinct_from:
         return _one(value, kind, matches_null=True)
     if operator is operators.in_op:
-        return _listed(value, kind, count)
+        return _listed(value, kind, splits)
     if operator is not operators.eq:
         return None
     if isinstance(value, CollectionAggregate) and value.operator is operators.any_op:
-        return _array(value.element, kind, count)
+        return _array(value.element, kind, splits)
     return _one(value, kind)
 
 
@@ -250,21 +255,21 @@ def _one(value: Any, kind: KeyKind, *, matches_null: bool = False) -> Bind | Non
     return Bind(bind.key, False, bind.type, matches_null)
 
 
-def _listed(value: Any, kind: KeyKind, count: Mapping[str, int]) -> Source | None:
+def _listed(value: Any, kind: KeyKind, splits: Callable[[str], bool]) -> Source | None:
     value = _ungrouped(value)
     if isinstance(value, BindParameter):
         if not value.expanding or not _is_sent_as(value.type, kind):
             return None
-        return Bind(value.key, True, value.type, is_own=count.get(value.key) == 1)
+        return Bind(value.key, True, value.type, is_own=splits(value.key))
     return _one_of(value, kind) if isinstance(value, ClauseList) else None
 
 
-def _array(value: Any, kind: KeyKind, count: Mapping[str, int]) -> Source | None:
+def _array(value: Any, kind: KeyKind, splits: Callable[[str], bool]) -> Source | None:
     value = _ungrouped(value)
     if isinstance(value, BindParameter) and isinstance(value.type, ARRAY):
         item = value.type.item_type
         if _is_sent_as(item, kind) and (value.type.dimensions or 1) == 1:
-            return Bind(value.key, True, item, is_own=count.get(value.key) == 1)
+            return Bind(value.key, True, item, is_own=splits(value.key))
         return None
     return _one_of(value, kind) if hasattr(value, "clauses") else None
 
@@ -350,7 +355,7 @@ def _row_values(
         if not all(map(_is_sent_as, chosen, key.kinds)):
             return None
         is_own = tuple(columns[position] for position in positions) == key.columns
-        is_own = is_own and key.count.get(right.key) == 1
+        is_own = is_own and key.is_used_once(right.key)
         return (Rows(Bind(right.key, True, right.type, is_own=is_own), positions, chosen),)
     if not isinstance(right, ClauseList):
         return None

@@ -127,10 +127,10 @@ class Span:
             return []
         if type(low) is not int or type(high) is not int:
             raise Unproved
-        span = range(low + self.above, high + (not self.below))
-        if len(span) > most:
+        first, last = low + self.above, high - self.below
+        if last - first >= most:
             raise Unproved
-        return list(span)
+        return list(range(first, last + 1))
 
 
 Source: TypeAlias = Bind | OneOf | Span

@@ -253,6 +253,9 @@ def _statement(
         # what the tree holds opaque is proved harmless here, so nothing ties it to a shard
         found = replace(found, placement=Placement.ANYWHERE)
     found = with_opaque(found, judged.opaque)
+    if tree.outside:
+        why = f"{tree.outside[0]} in it may aggregate the rows of the query around it"
+        found = replace(found, hindrance=found.hindrance or ("subquery", why))
     if name == "SelectStmt" and found.hindrance is None:
         found = replace(found, hindrance=_hindrance(body))
     if name == "InsertStmt":

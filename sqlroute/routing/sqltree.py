@@ -167,6 +167,20 @@ class _Scope:
     outer: _Scope | None = None
     ctes: Mapping[str, _Cte | None] = field(default_factory=dict)
 
+    def has(self, path: list[str]) -> bool:
+        """Say whether a reference certainly means a column of this block."""
+        sources = [source for item in self.items for source in item.sources]
+        if len(path) == 1:
+            return any(path[0] in source.names for source in sources if source.names is not None)
+        return any(path[0] == source.alias for source in sources)
+
+    def around(self) -> Iterator[Any]:
+        """Yield what stands in FROM of the blocks around this one."""
+        scope = self.outer
+        while scope is not None:
+            yield from (source.element for item in scope.items for source in item.sources)
+            scope = scope.outer
+
     def column(self, path: list[str]) -> Resolved | None:
         """Return the column that a reference means, ``None`` when that is not certain."""
         scope: _Scope | None = self
@@ -229,6 +243,7 @@ class Tree:
         constants: values that are compared with columns, by the bind parameters made for them.
         used: the tables met so far, by name.
         followed: identities of the nodes of tables that were rebuilt.
+        outside: aggregates in subqueries that may be those of the query around.
     """
 
     tables: Tables
@@ -238,6 +253,7 @@ class Tree:
     constants: dict[str, Any] = field(default_factory=dict)
     used: dict[str, TableInfo] = field(default_factory=dict)
     followed: set[int] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
     _made: dict[str, Table] = field(default_factory=dict)
 
     def query(self, body: Node) -> Any:
@@ -441,6 +457,8 @@ class Tree:
             if names is not None:
                 names.add(name)
         known = frozenset(names) if names is not None else None
+        if inner.outer is not None:
+            self.outside += _aggregates_outside(body, inner)
         rest = [
             body.get(clause)
             for clause in (
@@ -468,6 +486,8 @@ class Tree:
         found: Select[Any] = select(*columns, _Opaque(parts).label("sqlroute_rest"))
         for item in scope.items:
             found = found.select_from(item.element)
+        if around := list(scope.around()):  # a SELECT without FROM would be no query otherwise
+            found = found.correlate(*around)
         return found if where is None else found.where(self._condition(where, scope))
 
     def _compound(self, body: Node, scope: _Scope) -> CompoundSelect[Any]:
@@ -681,6 +701,47 @@ def _aggregate(call: Node) -> Iterator[str]:
         yield f"{called}() OVER"
     elif called in AGGREGATES:
         yield f"{called}(DISTINCT)" if call.get("agg_distinct") else f"{called}()"
+
+
+def _aggregates_outside(body: Node, scope: _Scope) -> Iterator[str]:
+    """Yield the aggregates in a subquery of which no column is certainly its own.
+
+    Where all columns of an aggregate belong to an enclosing query, it aggregates the rows of that.
+    """
+    for call in _calls(
+        [body.get(clause) for clause in ("targetList", "havingClause", "sortClause")]
+    ):
+        name = next(_aggregate(call), None)
+        paths = [_path(node) for node in _references(call)]
+        if name is not None and paths and not any(scope.has(path) for path in paths):
+            yield name
+
+
+def _calls(tree: Any) -> Iterator[Node]:
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _calls(item)
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name == "FuncCall":
+                yield value
+            if name != "SelectStmt":
+                yield from _calls(value)
+
+
+def _references(tree: Any) -> Iterator[Node]:
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _references(item)
+    elif isinstance(tree, Mapping):
+        if "ColumnRef" in tree:
+            yield tree
+        for value in tree.values():
+            yield from _references(value)
+
+
+def _path(node: Node) -> list[str]:
+    return [part.get("String", {}).get("sval", "") for part in node["ColumnRef"]["fields"]]
 
 
 def _column(node: Node, scope: _Scope) -> Resolved | None:

@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("page", "shards"), [("README.md", 2), ("docs/sessions.md", 1), ("docs/failover.md", 1)]
+    ("page", "shards"),
+    [
+        ("README.md", 2),
+        ("docs/sessions.md", 1),
+        ("docs/failover.md", 1),
+        ("docs/reference/keys.md", 2),
+    ],
 )
 def test_examples_run(
     page: str, shards: int, tmp_path: Path, sqlroute_topology_factory: TopologyFactory

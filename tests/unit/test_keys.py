@@ -272,6 +272,7 @@ def test_span_of_nothing_is_no_bucket(low: int | None, high: int | None) -> None
 def test_span_as_long_as_there_are_buckets_allows_every_bucket() -> None:
     assert buckets(span(), low=1, high=BUCKETS) is not None
     assert buckets(span(), low=1, high=BUCKETS + 1) is None
+    assert buckets(span(), low=-(10**30), high=10**30) is None
 
 
 @pytest.mark.parametrize("low", [2.5, Decimal(2), True, "2"])

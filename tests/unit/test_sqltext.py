@@ -321,6 +321,8 @@ def test_on_of_an_outer_join_never_restricts_the_preserved_side() -> None:
         "SELECT * FROM airlines LEFT JOIN flights f ON f.tailnum = carrier",
         "SELECT * FROM (flights JOIN planes USING (tailnum)) AS j",
         "SELECT * FROM flights WHERE tailnum NOT IN (SELECT tailnum FROM planes)",
+        "SELECT (SELECT max(f.id) FROM airlines) FROM flights f",
+        "SELECT (SELECT max(f.id)) FROM flights f",
         "SELECT * FROM flights WHERE tailnum IN (SELECT tailnum FROM planes LIMIT 1)",
         "SELECT * FROM flights WHERE tailnum IN (SELECT max(tailnum) FROM planes)",
         "SELECT * FROM flights WHERE tailnum > ANY (SELECT tailnum FROM planes)",
@@ -416,6 +418,7 @@ def test_text_and_core_are_described_alike() -> None:
         "SELECT * FROM flights WHERE tailnum = ANY (SELECT tailnum FROM planes)",
         "SELECT * FROM (SELECT * FROM flights WHERE id = 1) x JOIN planes USING (tailnum)",
         "WITH x AS (SELECT tailnum FROM flights) SELECT * FROM x",
+        "SELECT (SELECT f.id) FROM flights f",
         "SELECT *, (SELECT max(year) FROM planes p WHERE p.tailnum = f.tailnum) FROM flights f",
         "SELECT * FROM flights f, LATERAL (SELECT year FROM planes p WHERE p.tailnum = f.tailnum "
         "ORDER BY year LIMIT 1) x",
