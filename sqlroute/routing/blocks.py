@@ -75,22 +75,25 @@ class Occurrence:
         key: its shard key.
         recipe: which of its buckets can matter.
         group: occurrences of one group are joined on their keys.
-        is_required: without a row of it the statement gives no row at all.
     """
 
     table: str
     key: ShardKey
     recipe: Recipe
     group: int
-    is_required: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All uses of sharded tables, and what forbids to run the statement shard by shard."""
+    """All uses of sharded tables, and what forbids to run the statement shard by shard.
+
+    Attributes:
+        required: indexes of the uses without whose rows the statement gives no row at all.
+    """
 
     occurrences: tuple[Occurrence, ...]
     hindrance: tuple[str, str] | None
+    required: tuple[int, ...] = ()
 
 
 def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
@@ -161,6 +164,7 @@ class _Leaf:
     Attributes:
         derived: it is not in the FROM of the whole statement, nor tied to one that is.
         detached: it is in a derived table or CTE: a condition outside ties its rows, not it.
+        is_required: without a row of it the statement gives none.
     """
 
     source: int
@@ -275,9 +279,7 @@ class _Walk:
             if group is None:
                 group = len(groups)
                 groups.append(leaf)
-            found.append(
-                Occurrence(leaf.table.fullname, leaf.key, leaf.recipe, group, leaf.is_required)
-            )
+            found.append(Occurrence(leaf.table.fullname, leaf.key, leaf.recipe, group))
         inside = dict.fromkeys(leaf.table.fullname for leaf in self.leaves if leaf.derived)
         if inside:
             names = " and ".join(inside)
@@ -285,7 +287,8 @@ class _Walk:
         if len(groups) > 1:
             names = " and ".join(dict.fromkeys(leaf.table.fullname for leaf in groups))
             self.hinder("JOIN", f"uses of {names} are not joined on their shard keys")
-        return Found(tuple(found), self.hindrance)
+        required = tuple(i for i, leaf in enumerate(self.leaves) if leaf.is_required)
+        return Found(tuple(found), self.hindrance, required)
 
 
 def _colocated(leaf: _Leaf, other: _Leaf) -> bool:

@@ -492,7 +492,7 @@ def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> tuple
     """Return the shards that can hold a row it reads, and whether it can give none at all."""
     found: set[str] = set()
     is_empty = False
-    for occurrence in statement.occurrences:
+    for index, occurrence in enumerate(statement.occurrences):
         buckets = occurrence.recipe.buckets(
             values, occurrence.key.kinds, statement.keyspace.buckets
         )
@@ -500,7 +500,7 @@ def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> tuple
             shard_map.check_complete()
             found.update(shard_map.shards)
         else:
-            is_empty |= occurrence.is_required and not buckets
+            is_empty |= not buckets and index in statement.required
             found.update(shard_map.owner(bucket) for bucket in buckets)
     return found, is_empty
 

@@ -83,6 +83,7 @@ class Statement:
         tables: names of its tables, sharded ones first.
         occurrences: each use of a sharded table, with its key recipe and colocation group.
         hindrance: why it can never be scattered, as (clause, why), or ``None``.
+        required: indexes of the occurrences without whose rows it gives no row at all.
         insert: the table of an INSERT, whose rows carry the keys.
         target: the table that a DML statement writes.
         sets: it is a ``SET``, ``RESET`` or ``set_config`` sent by hand, which reaches one
@@ -112,6 +113,7 @@ class Statement:
     undecided: bool = False
     row_keys: tuple[Mapping[str, Bind], ...] | None = None
     untold: tuple[str, ...] = ()
+    required: tuple[int, ...] = ()
 
     @property
     def key(self) -> ShardKey | None:
@@ -201,6 +203,7 @@ def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
         found.hindrance,
         insert,
         target,
+        required=found.required,
     )
 
 
