@@ -361,12 +361,13 @@ def _tie_output(
             walk.classes.union(own, outer)
 
 
-_EXTENSIONS = (
+EXTENSION_CLAUSES = (
     "_post_select_clause",
     "_pre_columns_clause",
     "_post_criteria_clause",
     "_post_body_clause",
 )
+"""Where a SELECT keeps what extends its syntax, as DISTINCT ON of the dialect does."""
 
 
 def _chooses_rows(select: Select[Any]) -> bool:
@@ -376,7 +377,7 @@ def _chooses_rows(select: Select[Any]) -> bool:
         or select._offset_clause is not None
         or select._fetch_clause is not None
         or bool(select._distinct_on)
-        or any(getattr(select, name, None) is not None for name in _EXTENSIONS)
+        or any(getattr(select, name, None) is not None for name in EXTENSION_CLAUSES)
     )
 
 
