@@ -20,8 +20,9 @@ from sqlroute.routing.blocks import ANY_BUCKET, Occurrence
 from sqlroute.routing.declare import shard_key
 from sqlroute.routing.functions import BUILT_IN, Functions, Judgement, judge
 from sqlroute.routing.keys import Bind
+from sqlroute.routing.sqlclauses import clauses, why_not_row_by_row
 from sqlroute.routing.sqlfacts import TextFacts, named, nodes, sets_something, tree_facts
-from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree, clauses, why_not_row_by_row
+from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree
 from sqlroute.routing.sqlvalues import Node
 from sqlroute.routing.statement import Kind, Placement, Statement, describe, with_opaque
 from sqlroute.topology import Keyspace, Topology

@@ -43,8 +43,8 @@ from sqlalchemy.sql.visitors import InternalTraversal
 
 from sqlroute.errors import UnknownName
 from sqlroute.routing.declare import kind_of, reference_table, sharded_by
-from sqlroute.routing.functions import AGGREGATES
 from sqlroute.routing.hashing import KeyKind
+from sqlroute.routing.sqlclauses import aggregates_outside, why_not_row_by_row
 from sqlroute.routing.sqlvalues import Node, ReadAs, array, constant, read, type_of
 
 
@@ -458,7 +458,7 @@ class Tree:
                 names.add(name)
         known = frozenset(names) if names is not None else None
         if inner.outer is not None:
-            self.outside += _aggregates_outside(body, inner)
+            self.outside += aggregates_outside(body, inner.has)
         rest = [
             body.get(clause)
             for clause in (
@@ -645,103 +645,6 @@ class Tree:
                 else:
                     found += self._parts(value, scope)
         return found
-
-
-_CLAUSES = {
-    "sortClause": "ORDER BY",
-    "limitCount": "LIMIT",
-    "limitOffset": "OFFSET",
-    "distinctClause": "DISTINCT",
-    "groupClause": "GROUP BY",
-    "havingClause": "HAVING",
-    "windowClause": "WINDOW",
-    "valuesLists": "VALUES",
-}
-
-
-def why_not_row_by_row(body: Node) -> str | None:
-    """Return the clause by which a SELECT is more than the rows of each shard, one after another.
-
-    ``None`` where it is just those.
-    """
-    return next(clauses(body), None)
-
-
-def clauses(body: Node) -> Iterator[str]:
-    """Yield the clauses of a SELECT that make more of several rows, subqueries aside."""
-    operation = body.get("op", "SETOP_NONE")
-    if operation != "SETOP_NONE":
-        yield str(operation.removeprefix("SETOP_"))
-    for clause, name in _CLAUSES.items():
-        if body.get(clause):
-            is_on = clause == "distinctClause" and body[clause][0]
-            yield "DISTINCT ON" if is_on else name
-    yield from _aggregates([body.get("targetList", []), body.get("sortClause", [])])
-
-
-def _aggregates(tree: Any) -> Iterator[str]:
-    """Yield the calls of aggregates and window functions, those in subqueries aside."""
-    if isinstance(tree, list):
-        for item in tree:
-            yield from _aggregates(item)
-    elif isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if name == "SelectStmt":
-                continue
-            if name == "FuncCall":
-                yield from _aggregate(value)
-            elif name in ("JsonArrayAgg", "JsonObjectAgg", "GroupingFunc"):
-                yield name
-            yield from _aggregates(value)
-
-
-def _aggregate(call: Node) -> Iterator[str]:
-    called = call["funcname"][-1]["String"]["sval"]
-    if "over" in call:
-        yield f"{called}() OVER"
-    elif called in AGGREGATES:
-        yield f"{called}(DISTINCT)" if call.get("agg_distinct") else f"{called}()"
-
-
-def _aggregates_outside(body: Node, scope: _Scope) -> Iterator[str]:
-    """Yield the aggregates in a subquery of which no column is certainly its own.
-
-    Where all columns of an aggregate belong to an enclosing query, it aggregates the rows of that.
-    """
-    for call in _calls(
-        [body.get(clause) for clause in ("targetList", "havingClause", "sortClause")]
-    ):
-        name = next(_aggregate(call), None)
-        paths = [_path(node) for node in _references(call)]
-        if name is not None and paths and not any(scope.has(path) for path in paths):
-            yield name
-
-
-def _calls(tree: Any) -> Iterator[Node]:
-    if isinstance(tree, list):
-        for item in tree:
-            yield from _calls(item)
-    elif isinstance(tree, Mapping):
-        for name, value in tree.items():
-            if name == "FuncCall":
-                yield value
-            if name != "SelectStmt":
-                yield from _calls(value)
-
-
-def _references(tree: Any) -> Iterator[Node]:
-    if isinstance(tree, list):
-        for item in tree:
-            yield from _references(item)
-    elif isinstance(tree, Mapping):
-        if "ColumnRef" in tree:
-            yield tree
-        for value in tree.values():
-            yield from _references(value)
-
-
-def _path(node: Node) -> list[str]:
-    return [part.get("String", {}).get("sval", "") for part in node["ColumnRef"]["fields"]]
 
 
 def _column(node: Node, scope: _Scope) -> Resolved | None:
