@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import QueryContext
+from sqlalchemy.sql.dml import Insert, UpdateBase
+from sqlalchemy.sql.elements import ClauseElement
 
 from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
 from sqlroute.events import Fallback, PlanChosen, Retried
@@ -274,9 +276,13 @@ def explained(session: RoutingMixin, described: Described, found: Plan) -> Plan:
 
 def _sql(statement: Any, given: Mapping[str, Any]) -> str:
     """Return the SQL of a statement, its parameters by name; a list that is not known by a mark."""
-    known = {key: value for key, value in given.items() if key not in statement._params}
-    statement = statement.params(known) if known else statement
-    compile = partial(statement.compile, dialect=reference_dialect())
+    if not isinstance(statement, ClauseElement):  # a sequence
+        return repr(statement)
+    columns = [*given] if isinstance(statement, Insert) and given else None
+    if not isinstance(statement, UpdateBase):
+        own: Any = getattr(statement, "_params", {})
+        statement = statement.params({k: v for k, v in given.items() if k not in own})
+    compile = partial(statement.compile, dialect=reference_dialect(), column_keys=columns)
     try:
         compiled = compile(compile_kwargs={"render_postcompile": True})
     except sa_exc.InvalidRequestError:

@@ -492,6 +492,25 @@ class TestExplain:
         assert [t["sql"] for t in found.describe()["targets"]] == list(found.sql)
         assert sides.ran.statements == []
 
+    @pytest.mark.parametrize(
+        ("statement", "sql"),
+        [
+            (sa.insert(Customer), "INSERT INTO customer (id, name) VALUES"),
+            (
+                sa.update(Customer).where(Customer.id == sa.bindparam("id")).values(score=1),
+                "UPDATE customer SET score=",
+            ),
+            (sa.text("DELETE FROM customer WHERE id = :id AND name = :name"), "DELETE FROM"),
+        ],
+    )
+    def test_writes_are_shown_too(
+        self, sides: Sides, session: RoutingSession, statement: Any, sql: str
+    ) -> None:
+        found = session.explain(statement, {"id": sides.there, "name": "x"})
+
+        assert found.shards == ("s1",)
+        assert found.sql[0].startswith(sql)
+
     def test_one_text_for_all_is_shown_once(self, sides: Sides, session: RoutingSession) -> None:
         found = session.explain(sa.text("SELECT *\nFROM customer WHERE id <> :id"), {"id": 1})
 
