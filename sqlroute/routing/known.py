@@ -39,11 +39,20 @@ class KnownTables:
         return f"KnownTables(declared={len(self.declared)}, catalogs={{{read}}})"
 
     def by_name(self) -> Tables:
-        """Return all of them by name: what is declared wins, then the keyspace read first."""
+        """Return all of them by name: what is declared wins, then the keyspace read first.
+
+        A declared table has the columns of the database, too: a mapping may leave some out.
+        """
         found: dict[str, TableInfo] = {}
         for catalog in self.catalogs.values():
             found = {**catalog, **found}
-        return {**found, **self.declared}
+        for name, info in self.declared.items():
+            columns = found[name].columns if name in found else {}
+            is_complete = name in found
+            found[name] = replace(
+                info, columns={**columns, **info.columns}, is_complete=is_complete
+            )
+        return found
 
     def declaring(self, metadata: MetaData, default: Keyspace) -> KnownTables:
         """Return the same with the declared tables of a metadata.
@@ -76,7 +85,9 @@ def _info(table: Table, default: str) -> TableInfo:
         key = tuple(table.c[name].name for name in shard_key(table).names)
     role = Role.SHARDED if key else Role.REFERENCE
     keyspace = declared.keyspace or default
-    return TableInfo(table.fullname, role, columns, key, keyspace, is_declared=True)
+    return TableInfo(
+        table.fullname, role, columns, key, keyspace, is_declared=True, is_complete=False
+    )
 
 
 def _as_proved(info: TableInfo) -> TableInfo:

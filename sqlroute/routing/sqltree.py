@@ -67,6 +67,7 @@ class TableInfo:
         keyspace: name of the keyspace it was found in.
         why: for a table of unknown role, what it is.
         is_declared: SQLAlchemy's declaration says so, not what a catalog looks like.
+        is_complete: it has no other columns in the database.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TableInfo:
     keyspace: str | None = None
     why: str = ""
     is_declared: bool = False
+    is_complete: bool = True
 
     @property
     def kinds(self) -> tuple[KeyKind, ...]:
@@ -137,13 +139,15 @@ class _Source:
 
     Attributes:
         columns: those that may be resolved to it, with their kind.
-        names: of all its columns, ``None`` when they are not known.
+        names: of its columns, ``None`` when they are not known.
+        is_open: it may have others.
     """
 
     alias: str
     element: Any
     columns: Mapping[str, tuple[Any, KeyKind]]
     names: frozenset[str] | None
+    is_open: bool = False
 
 
 @dataclass(slots=True)
@@ -227,6 +231,8 @@ def _unqualified(path: list[str], scope: _Scope) -> tuple[bool, Resolved | None]
                 is_open = True
             elif name in source.names:
                 holders.append(source.columns.get(name))
+            else:
+                is_open |= source.is_open
     if len(holders) == 1:
         return True, holders[0]
     return bool(holders) or is_open, None
@@ -316,7 +322,8 @@ class Tree:
         names: frozenset[str] | None = frozenset(info.columns)
         if "colnames" in alias:
             columns, names = {}, None
-        source = _Source(alias.get("aliasname", node["relname"]), element, columns, names)
+        name = alias.get("aliasname", node["relname"])
+        source = _Source(name, element, columns, names, is_open=not info.is_complete)
         return _From(element, [source])
 
     # FROM
@@ -683,7 +690,7 @@ def _expanded(value: Node, scope: _Scope) -> list[tuple[str, str]] | None:
     if len(owner) > 1 or is_merged or "" in aliases or len(set(aliases)) < len(aliases):
         return None
     chosen = [source for source in sources if alias in (None, source.alias)]
-    if any(source.names is None for source in chosen):
+    if any(source.names is None or source.is_open for source in chosen):
         return None
     return [(source.alias, name) for source in chosen for name in source.names or ()]
 

@@ -65,6 +65,16 @@ def test_declaration_wins_over_the_catalog() -> None:
     assert known.by_name()["plain"].role is Role.REFERENCE
 
 
+def test_declared_table_has_the_columns_of_the_database_too() -> None:
+    """A mapping may leave columns out; until the catalog was read, there may be others."""
+    known = declared(("plain", reference_table()))
+
+    assert not known.by_name()["plain"].is_complete
+    read = known.learnt(TWO, ordinary()).by_name()["plain"]
+    assert read.is_complete
+    assert set(read.columns) == {"Key", "at", "id"}
+
+
 def test_reading_that_says_nothing_new_changes_nothing() -> None:
     """So that what was described by it is kept."""
     known = KnownTables().learnt(TWO, ordinary())

@@ -360,6 +360,19 @@ def test_a_name_is_looked_up_from_the_inside_out() -> None:
     assert tied.statement.hindrance is None
 
 
+@pytest.mark.parametrize(("is_complete", "groups"), [(True, 1), (False, 2)])
+def test_a_name_is_not_looked_up_outside_of_a_table_that_may_have_it(
+    is_complete: bool, groups: int
+) -> None:
+    """A mapping may leave a column out: then it is not the outer table's of that name."""
+    visits = TableInfo("visits", Role.SHARDED, {"plane": TEXT}, ("plane",), is_complete=is_complete)
+    sql = "SELECT 1 FROM flights WHERE EXISTS (SELECT 1 FROM visits WHERE plane = tailnum)"
+
+    text = describe_text(sql, {**TABLES, "visits": visits}, TOPOLOGY)
+
+    assert len({use.group for use in text.statement.occurrences}) == groups
+
+
 def test_lateral_means_its_sibling_not_an_outer_namesake() -> None:
     """The nearest table of that name is meant, or the key of another row would be used."""
     found = buckets(
