@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import QueryContext
+from sqlalchemy.sql.dml import Insert, UpdateBase
+from sqlalchemy.sql.elements import ClauseElement
 
 from sqlroute.coordination import coordinated
 from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
@@ -23,12 +25,14 @@ from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
 from sqlroute.results import merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
+from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described
 from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named, tier_named
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
 from sqlroute.runtime.engines import is_old_plan
+from sqlroute.runtime.nothing import no_rows
 from sqlroute.runtime.scatter import scatter, scatter_async
 from sqlroute.stale import before_load, buffering, mark
 
@@ -158,6 +162,8 @@ def execute(call: Call) -> Any:
         call.parameters = filled if isinstance(call.parameters, list | tuple) else filled[0]
     if found.tier is Tier.SINGLE:
         return _single(call, described, found)
+    if found.tier is Tier.EMPTY:
+        return _empty(call)
     if found.tier is Tier.SCATTER:
         result = _scatter(call, described, found, options)
     elif found.tier is Tier.COORDINATOR:
@@ -189,7 +195,10 @@ def plan(
         and described.shape.statement.keyspace.is_sharded
         and isinstance(declaration(insert), Sharded)
     ):
-        filled, keys = keyed_rows(described.statement, described.parameters)
+        if described.shape.statement.row_keys is not None:
+            keys = described.rows()
+        else:
+            filled, keys = keyed_rows(described.statement, described.parameters)
     try:
         found = session._router.plan(
             described,
@@ -281,6 +290,41 @@ def merge_of(
     return merged
 
 
+def explained(
+    session: RoutingMixin, described: Described, found: Plan, options: Mapping[str, Any]
+) -> Plan:
+    """Return a plan with its merge, and with the SQL that each of its nodes would be sent.
+
+    Raises:
+        CrossShardRefused: it has no exact merge; names the clause.
+    """
+    statements = [described.statement] * len(found.targets)
+    if found.tier is Tier.SCATTER:
+        rewritten, found = merge_of(session, described, found, options, is_real=False)
+        if rewritten is None:
+            return found
+        lists = found.lists or ({},) * len(found.targets)
+        statements = [rewritten.statement.params(_by_key(described, own)) for own in lists]
+    given = described.parameters if isinstance(described.parameters, Mapping) else {}
+    return replace(found, sql=tuple(_sql(statement, given) for statement in statements))
+
+
+def _sql(statement: Any, given: Mapping[str, Any]) -> str:
+    """Return the SQL of a statement, its parameters by name; a list that is not known by a mark."""
+    if not isinstance(statement, ClauseElement):  # a sequence
+        return repr(statement)
+    columns = [*given] if isinstance(statement, Insert) and given else None
+    if not isinstance(statement, UpdateBase):
+        own: Any = getattr(statement, "_params", {})
+        statement = statement.params({k: v for k, v in given.items() if k not in own})
+    compile = partial(statement.compile, dialect=reference_dialect(), column_keys=columns)
+    try:
+        compiled = compile(compile_kwargs={"render_postcompile": True})
+    except sa_exc.InvalidRequestError:
+        compiled = compile()
+    return " ".join(str(compiled).split())
+
+
 def _single(call: Call, described: Described, found: Plan) -> Any:
     target = found.target
     session = call.session
@@ -303,6 +347,12 @@ def _single(call: Call, described: Described, found: Plan) -> Any:
     if described.shape.statement.sets:
         session._affinity = session._affinity.set_by_hand(target.shard)
     return result
+
+
+def _empty(call: Call) -> Any:
+    """Give a result without rows that is otherwise like any other; no server is asked."""
+    with no_rows().connect() as connection:
+        return call.run(connection, scalar=call.scalar)
 
 
 def _is_autocommit(call: Call, target: Target) -> bool:
@@ -460,10 +510,12 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     size = _batch(call.options) if call.is_streaming else None
     if call.is_streaming:
         call.local = _shared(call, size, len(found.targets))
-    works = [
-        (f"{target.shard} ({target.node})", _work(call, described, target, rewritten.statement))
-        for target in found.targets
-    ]
+    works = []
+    for index, target in enumerate(found.targets):
+        own, statement = call, rewritten.statement
+        if found.lists:
+            own, statement = _with_lists(call, described, statement, found.lists[index])
+        works.append((f"{target.shard} ({target.node})", _work(own, described, target, statement)))
     timeout = session._router.policy.scatter_timeout
     if session._limit is not None:
         session._limit.check("a statement on several shards")
@@ -489,6 +541,26 @@ def _shared(call: Call, size: int | None, shards: int) -> dict[str, Any]:
     return {**call.local, "yield_per": max(1, size // shards)}
 
 
+def _with_lists(
+    call: Call, described: Described, statement: Any, lists: Mapping[str, Any]
+) -> tuple[Call, Any]:
+    """Return call and statement with what one shard is sent of each list of keys."""
+    own = _by_key(described, lists)
+    given = call.parameters
+    if given:
+        call = replace(call, parameters={**given, **{k: v for k, v in own.items() if k in given}})
+    return call, statement.params(own)
+
+
+def _by_key(described: Described, lists: Mapping[str, Any]) -> dict[str, Any]:
+    """Return lists by the keys that this statement's bind parameters have; a shape's are others."""
+    position, binds = described.shape.position, described.binds
+    return {
+        binds[position[key]].key if key in position else key: values
+        for key, values in lists.items()
+    }
+
+
 def _work(call: Call, described: Described, target: Target, statement: Any) -> Callable[[], Any]:
     """Return what one shard of a scatter does; its connection of the transaction is taken now.
 
@@ -505,7 +577,7 @@ def _work(call: Call, described: Described, target: Target, statement: Any) -> C
 def _split(call: Call, found: Plan) -> Result[Any]:
     """Send each row of an INSERT to its shard; the commit makes them one."""
     rows = call.parameters
-    if not isinstance(rows, list | tuple):
+    if not isinstance(rows, list | tuple) or len(rows) != sum(map(len, found.rows)):
         raise CrossShardRefused(
             "INSERT ... VALUES",
             "its rows belong to several shards; "
@@ -622,4 +694,4 @@ def _token(shard: str) -> dict[str, Any]:
     return {"identity_token": shard}
 
 
-__all__ = ["BIND", "Call", "Connection", "execute", "merge_of", "plan"]
+__all__ = ["BIND", "Call", "Connection", "execute", "explained", "merge_of", "plan"]

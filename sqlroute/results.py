@@ -89,7 +89,8 @@ def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> It
     names = list(first._metadata._keys)  # keys() leaves out an alias without a name
     visible = len(names) - spec.hidden
     if isinstance(first, CursorResult):  # its rows are processed when they are read: once is enough
-        columns = list(rewritten.statement.selected_columns)[:visible]
+        # of a text() none
+        columns = list(getattr(rewritten.statement, "selected_columns", ()))[:visible]
         metadata: Any = SimpleResultMetaData(
             names[:visible],
             extra=[(column,) for column in columns] if len(columns) == visible else None,

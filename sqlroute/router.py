@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.catalog.functions import FunctionReader
+from sqlroute.catalog.tables import KEPT, READ_AGAIN, TableReader
 from sqlroute.errors import (
     ConfigError,
     ForeignToken,
@@ -52,7 +53,7 @@ from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
 from sqlroute.routing.functions import known
 from sqlroute.routing.plan import Plan, Target
-from sqlroute.routing.planner import Described, OldMap, Planner, map_of, plan, plan_rows
+from sqlroute.routing.planner import Described, OldMap, Planner, Shape, map_of, plan, plan_rows
 from sqlroute.routing.policy import (
     AUTOMATIC,
     Consistency,
@@ -118,6 +119,7 @@ class Router:
         self.policy = policy or Policy()
         self.planner = Planner(topology, known(self.policy))
         self._functions = FunctionReader(self.policy.connect_timeout)
+        self._tables = TableReader(self.policy.connect_timeout)
         # what a program needs when it makes a router, not when it imports one
         from sqlroute.runtime.discovery import Discovery
         from sqlroute.runtime.monitor import Monitor
@@ -230,7 +232,8 @@ class Router:
         with self._reloading:
             topology = self._discovery.topology
             with self._lock:
-                self.planner = Planner(topology, self.planner.functions)
+                known_so_far = self.planner
+                self.planner = Planner(topology, known_so_far.functions, known_so_far.tables)
                 self.topology = topology
             self.monitor.set_topology(topology)
             coordinators = topology.coordinators
@@ -377,8 +380,9 @@ class Router:
         if is_real:
             situation.admit = self._usage.admit
         waits: Waits | None = None
-        shape = described.shape.statement
-        if shape.undecided and self.learn_functions(shape.keyspace, engines):
+        if demand.shard is None and self._learns_tables(described.shape, engines):
+            described.shape = self.planner.describe(described.statement, parameters=None).shape
+        if self._learns_functions(described.shape, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
         tries = 0
         while tries < TRIES:
@@ -422,6 +426,42 @@ class Router:
         with self._lock:
             self.planner.functions = self.planner.functions.learnt(keyspace.name, found)
         return True
+
+    def _learns_functions(self, shape: Shape, engines: Engines) -> bool:
+        """Say whether more was read of the functions that a shape of the planner's calls."""
+        found = shape.statement
+        is_open = found.undecided and shape.functions is not None
+        return is_open and self.learn_functions(found.keyspace, engines)
+
+    def _learns_tables(self, shape: Shape, engines: Engines) -> bool:
+        """Read which tables SQL text may name, if it is time to; say if that told anything new.
+
+        At once where it names one that is not known, though not more than once a second.
+        """
+        if shape.tables is None:
+            return False
+        after = READ_AGAIN if shape.statement.untold else KEPT
+        before = self.planner.tables
+        for keyspace in self.topology.keyspaces:
+            if not self._tables.claim(keyspace.name, after):
+                continue
+            found = blocking(engines, self._tables.read, keyspace, self.monitor.health)
+            if found is not None:
+                with self._lock:
+                    self.planner.tables = self.planner.tables.learnt(keyspace, found)
+        return self.planner.tables is not before
+
+    def declare(self, metadata: MetaData) -> None:
+        """Make the declarations of a metadata known to SQL text: views, reference tables.
+
+        :meth:`create_all` does so, too. Sharded tables are found in the catalog without it.
+
+        Raises:
+            InvalidShardKey, UnknownName: a declaration does not fit its table.
+        """
+        with self._lock:
+            default = self.topology.default
+            self.planner.tables = self.planner.tables.declaring(metadata, default)
 
     def _answer(
         self,
@@ -938,6 +978,7 @@ class Router:
         from sqlroute.catalog import schema
 
         schema.create_all(self, metadata)
+        self.declare(metadata)
 
     def drop_all(self, metadata: MetaData) -> None:
         """Drop the tables of a metadata on every shard; the catalog stays."""

@@ -48,7 +48,7 @@ from sqlroute.errors import (
     UnknownName,
 )
 from sqlroute.events import Retried
-from sqlroute.execution import BIND, Call, execute, merge_of, plan
+from sqlroute.execution import BIND, Call, execute, explained, plan
 from sqlroute.references import copy_after_flush
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
@@ -183,6 +183,8 @@ class RoutingMixin(Asking, _Base):
     def explain(self, statement: Any, parameters: Any = None) -> Plan:
         """Return the plan that this session would make for a statement now, without running it.
 
+        Printed, it says the tier, each node with the SQL it would be sent, the merge, and why.
+
         Raises:
             PlanError: it cannot be routed.
             TopologyError: no node can take it now.
@@ -190,8 +192,7 @@ class RoutingMixin(Asking, _Base):
         options = dict(getattr(statement, "_execution_options", {}))
         described = self._router.planner.describe(statement, parameters)
         found, _ = plan(self, described, options, is_real=False)
-        if found.tier is Tier.SCATTER:
-            found = merge_of(self, described, found, options, is_real=False)[1]
+        found = explained(self, described, found, options)
         if found.tier is Tier.COORDINATOR:
             return estimated(self, statement, parameters, found)
         return found

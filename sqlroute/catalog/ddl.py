@@ -48,8 +48,12 @@ def _check_contains(unique: Any, table: Table, key: ShardKey) -> None:
 
 
 def sharded_tables(metadata: MetaData) -> list[Table]:
-    """Return the sharded tables, those that others refer to first."""
-    return [t for t in metadata.sorted_tables if isinstance(declaration(t), Sharded)]
+    """Return the sharded tables, those that others refer to first; a view is none."""
+    return [t for t in metadata.sorted_tables if _is_partitioned(t)]
+
+
+def _is_partitioned(table: Table) -> bool:
+    return isinstance(declaration(table), Sharded) and not table.is_view
 
 
 def create(
@@ -66,7 +70,7 @@ def create(
     shadow = MetaData(schema=metadata.schema, naming_convention=metadata.naming_convention)
     for table in metadata.sorted_tables:
         copy = table.to_metadata(shadow)
-        if isinstance(declaration(table), Sharded):
+        if _is_partitioned(table):
             columns = ", ".join(
                 _quoted(connection, table.c[n].name) for n in shard_key(table).names
             )
@@ -76,7 +80,7 @@ def create(
     statements = [
         _leaf(connection, table, bucket, buckets)
         for table in chosen
-        if isinstance(declaration(table), Sharded)
+        if _is_partitioned(table)
         for bucket in owned
     ]
     if statements:

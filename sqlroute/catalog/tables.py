@@ -7,13 +7,27 @@ several shards can only be a reference table, or one that nobody declared.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from sqlroute.catalog.maps import connect
+from sqlroute.health import Health
+from sqlroute.health import Role as ServerRole
 from sqlroute.routing.hashing import KeyKind
 from sqlroute.routing.sqltree import Role, TableInfo
-from sqlroute.topology import Keyspace
+from sqlroute.topology import Keyspace, Node
+
+log = logging.getLogger("sqlroute.catalog")
+
+READ_AGAIN = 1.0
+"""Seconds from one reading of a keyspace to the next while text names tables that are not known."""
+
+KEPT = 60.0
+"""Seconds after which the tables of a keyspace are read anew while statements are text."""
 
 _TABLES = """
 SELECT n.nspname, c.relname, c.relkind, c.relispartition, pg_table_is_visible(c.oid),
@@ -70,8 +84,56 @@ def read_tables(keyspace: Keyspace, connection: Any) -> dict[str, TableInfo]:
     Args:
         connection: a SQLAlchemy connection to any node of the keyspace.
     """
+    return _by_name(connection.exec_driver_sql(_TABLES), keyspace)
+
+
+class TableReader:
+    """Reads the tables of keyspaces, not more often than they may have changed.
+
+    Args:
+        timeout: seconds for each node to connect.
+        clock: a monotonic clock.
+    """
+
+    def __init__(self, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout = timeout
+        self._clock = clock
+        self._read_at: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def claim(self, keyspace: str, after: float) -> bool:
+        """Say whether a keyspace was not read for so long; of several callers at once, to one."""
+        now = self._clock()
+        with self._lock:
+            if now - self._read_at.get(keyspace, now - after) < after:
+                return False
+            self._read_at[keyspace] = now
+            return True
+
+    def read(self, keyspace: Keyspace, health: Health) -> dict[str, TableInfo] | None:
+        """Return the tables of a keyspace, ``None`` when no node answers."""
+        import psycopg
+
+        for node in _readable(keyspace, health):
+            try:
+                with connect(node, self._timeout) as connection:
+                    return _by_name(connection.execute(_TABLES).fetchall(), keyspace)
+            except psycopg.Error as error:
+                log.info("the tables of %s cannot be read: %s", node.name, error)
+        log.warning("the tables of %s: no node answered; text is refused", keyspace.name)
+        return None
+
+
+def _readable(keyspace: Keyspace, health: Health) -> list[Node]:
+    """Return the nodes that can be asked, primaries first: they know new tables first."""
+    nodes = [node for shard in keyspace.shards for node in shard.nodes]
+    known = [node for node in nodes if health.of(node.name).is_readable]
+    return sorted(known, key=lambda node: health.of(node.name).role is not ServerRole.PRIMARY)
+
+
+def _by_name(rows: Iterable[Any], keyspace: Keyspace) -> dict[str, TableInfo]:
     found: dict[str, TableInfo] = {}
-    for row in connection.exec_driver_sql(_TABLES):
+    for row in rows:
         schema, name, _, _, is_visible, *_ = row
         info = _info(row, keyspace)
         found[f"{schema}.{name}"] = info

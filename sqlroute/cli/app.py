@@ -188,6 +188,33 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per option of the command
     context.obj.show(document, draw.plan)
 
 
+@app.command()
+def advise(
+    context: typer.Context,
+    file: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="SQL, or CSV of pg_stat_statements."),
+    ] = None,
+    listen: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="SECONDS", help="pg_stat_statements; 0: all so far."),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="One database, instead of --config.")] = None,
+    path: Config = None,
+    json: Json = False,
+) -> None:
+    """Tell which statements stay on one shard, and which shard key would help; runs none."""
+    from sqlroute.cli.advising import advise_counted, advise_file
+
+    if (file is None) == (listen is None):
+        raise typer.BadParameter("give either a FILE or --listen SECONDS")
+    with _router(path, context.obj, url) as router:
+        document = (
+            advise_file(router, file) if file is not None else advise_counted(router, listen or 0.0)
+        )
+    context.obj.show(document, draw.advice)
+
+
 @shard.command("locate")
 def shard_locate(
     context: typer.Context,
@@ -324,11 +351,12 @@ def demo(
     raise typer.Exit(OK if document["ok"] else FAILED)
 
 
-def _router(path: Path | None, output: Output) -> Router:
-    """Make a router from the configuration; its passwords are shown nowhere."""
+def _router(path: Path | None, output: Output, url: str | None = None) -> Router:
+    """Make a router from the configuration, or of one database; passwords are shown nowhere."""
     from sqlroute.router import Router
 
-    settings = read_settings(path, output)
+    one = {"shards": [{"name": "database", "nodes": [url]}]}
+    settings = read_settings(path if url is None else {"keyspaces": {"main": one}}, output)
     return Router(settings.topology, settings.policy)
 
 

@@ -34,11 +34,11 @@ Json = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-def read_settings(path: Path | None, output: Output) -> Settings:
+def read_settings(source: Path | dict[str, Any] | None, output: Output) -> Settings:
     """Read the configuration; its passwords are shown nowhere."""
     from sqlroute.config import load
 
-    settings = load(path)
+    settings = load(source)
     secrets = [node.password for node in settings.topology.nodes()]
     secrets.append(settings.operations.operator.password)
     output.hide(secret.reveal() for secret in secrets if secret is not None)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from sqlroute.cli.output import Document
 
+SHOWN = 100
+"""How many characters of a statement are shown."""
+
 _COLOURS = {"up": "green", "down": "red", "suspect": "yellow", "recovering": "yellow"}
 
 
@@ -57,11 +60,47 @@ def plan(document: Document) -> RenderableType:
         mode = "in the transaction" if target["in_transaction"] else "autocommit"
         where = f"{target['shard']}: {target['role']} {target['node']}, {mode}"
         lines.append(f"  -> [cyan]{escaped(where)}[/] [dim]({escaped(target['reason'])})[/]")
+        if target.get("sql"):
+            lines.append(f"     sends {escaped(target['sql'])}")
     lines += [f"  merge: {escaped(step)}" for step in document["merge"]]
     lines += [f"  because {escaped(reason)}" for reason in document["reasons"]]
     if document.get("note"):
         lines.append(f"[dim]{escaped(document['note'])}[/]")
     return stacked(*lines)
+
+
+def advice(document: Document) -> RenderableType:
+    calls, statements = document["calls"], document["statements"]
+    parts: list[Any] = [f"{statements} statements, {calls} calls, {document['tables']} tables"]
+    if document["now"] is not None:
+        parts += ["[bold]as it is now[/]", _judged(document["now"]["statements"])]
+    if document["schemes"]:
+        needs = document["schemes"][0]["needs"]
+        parts += ["[bold]keys that were tried, the best first[/]", _schemes(document)]
+        parts += [f"for the first, {escaped(need)}" for need in needs]
+        parts += ["[bold]under the first of them[/]", _judged(document["best"])]
+    return stacked(*parts)
+
+
+def _schemes(document: Document) -> RenderableType:
+    table = new_table(
+        "score", "one shard", "data spread", "several", "coordinator", "refused", "key"
+    )
+    for scheme in document["schemes"]:
+        calls = scheme["calls"]
+        key = ", ".join(f"{name}.{column}" for name, column in scheme["key"].items())
+        shares = (f"{scheme[name]:.0%}" for name in ("score", "on_one_shard", "data_spread"))
+        counts = (calls[name] for name in ("several shards", "coordinator", "refused"))
+        table.add_row(*shares, *map(_text, counts), escaped(key))
+    return table
+
+
+def _judged(statements: list[Document]) -> RenderableType:
+    table = new_table("calls", "goes to", "why", "statement")
+    for one in statements:
+        sql = one["sql"] if len(one["sql"]) <= SHOWN else one["sql"][: SHOWN - 1] + "…"
+        table.add_row(_text(one["calls"]), one["reach"], escaped(one["why"]), escaped(sql))
+    return table
 
 
 def located(document: Document) -> RenderableType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import BindParameter
 
 from sqlroute.cli.cluster import tables_of
-from sqlroute.errors import CrossShardRefused, SQLRouteError, UnknownName
+from sqlroute.errors import SQLRouteError, UnknownName
 from sqlroute.router import Router
 from sqlroute.routing.affinity import Affinity
-from sqlroute.routing.plan import Plan, Tier
+from sqlroute.routing.plan import Plan
+from sqlroute.routing.planner import Described, Shape
 from sqlroute.routing.policy import Demand, Intent, consistency_named, intent_named, role_named
-from sqlroute.routing.sqltext import describe_text
+from sqlroute.routing.sqltext import TextStatement, describe_text
 from sqlroute.routing.token import Token
 
 NOTE = (
-    "this is where the text belongs; text() in a session on several shards must be told so by "
-    "execution_options(sqlroute_shard=...)"
+    "as text() in a session; there the ordinary tables in it must be declared as reference tables"
 )
-"""True of every plan for text, and said with it: sessions do not know the tables in it."""
+"""True of every plan for text on several shards, and said with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,9 @@ def explain_text(
     tables = tables_of(router)
     for keyspace in router.topology.keyspaces:
         router.learn_functions(keyspace, engines)
-    text = describe_text(sql, tables, router.topology, parameters, router.planner.functions)
-    rows = list(text.rows) if text.rows is not None else None
+    text = describe_text(sql, tables, router.topology, router.planner.functions)
+    described = described_text(text, parameters)
+    rows = described.rows() if text.statement.row_keys is not None else None
     demand = Demand(
         consistency_named(wishes.consistency or router.policy.consistency),
         intent_named(wishes.intent or Intent.AUTOMATIC),
@@ -66,14 +67,30 @@ def explain_text(
     for position in Token.parse(wishes.token or "").positions:
         router.topology.shard(position.shard)
         affinity = affinity.seen(position)
-    found = router.plan(text.described(), affinity, engines, demand=demand, keys=rows)
-    if found.tier is not Tier.SINGLE:
-        raise CrossShardRefused(
-            "text()",
-            f"SQL text runs on one shard only for now, and this needs {', '.join(found.shards)} "
-            f"({found.reasons[-1]}); restrict it by its key, or use SQLAlchemy's select()",
-        )
-    return {"statement": sql, **found.describe(), "note": NOTE}
+    found = router.plan(described, affinity, engines, demand=demand, keys=rows)
+    sent = replace(found, sql=(" ".join(sql.split()),) * len(found.targets))
+    return {"statement": sql, **sent.describe(), "note": NOTE}
+
+
+def described_text(text: TextStatement, parameters: Mapping[str, Any]) -> Described:
+    """Return SQL text with values for its parameters, for the planner.
+
+    Raises:
+        UnknownName: it has no such parameter, or one that decides about shards has no value.
+    """
+    for name in parameters:
+        if name not in text.names:
+            known = ", ".join(sorted(text.names)) or "none"
+            raise UnknownName(f"the SQL text has no parameter {name!r}; it has: {known}")
+    needed = [bind for row in text.statement.row_keys or () for bind in row.values()]
+    needed += [bind for use in text.statement.occurrences for bind in use.recipe.binds]
+    for bind in needed:
+        if bind.key in text.names and bind.key not in parameters:
+            raise UnknownName(
+                f"parameter {bind.key!r} is compared with a key and has no value; "
+                f"give it by --param {bind.key}=..."
+            )
+    return Described(text.sql, Shape(text.statement, {}, text.constants), (), parameters)
 
 
 def explain_named(

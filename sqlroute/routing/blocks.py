@@ -12,7 +12,8 @@ a number of its own, and a column belongs to the nearest use around it, as SQLAl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -21,16 +22,19 @@ from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.base import _from_objects
 from sqlalchemy.sql.dml import Insert, UpdateBase
 from sqlalchemy.sql.elements import (
+    AbstractTextClause,
     BinaryExpression,
     BindParameter,
-    BooleanClauseList,
+    ClauseElement,
     CollectionAggregate,
+    ColumnClause,
     ColumnElement,
-    Grouping,
+    False_,
+    Label,
+    Over,
     Tuple,
 )
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.schema import Table
 from sqlalchemy.sql.selectable import (
     CTE,
@@ -44,17 +48,23 @@ from sqlalchemy.sql.selectable import (
     SelectBase,
     _CompoundSelectKeyword,
 )
-from sqlalchemy.types import ARRAY, NullType
 
+from sqlroute.routing.conditions import (
+    Block,
+    ColumnId,
+    Conjunct,
+    WantedKey,
+    column_of,
+    equalities,
+    recipe,
+    split,
+)
 from sqlroute.routing.declare import Sharded, ShardKey, declaration, kind_of, shard_key
-from sqlroute.routing.functions import AGGREGATES
-from sqlroute.routing.hashing import KeyKind
-from sqlroute.routing.keys import Bind, Product, Recipe, reference_dialect
-
-ColumnId = tuple[int, str]
-"""A column of one use of a table or derived table: number of the use, column key."""
+from sqlroute.routing.functions import AGGREGATES, HARMLESS
+from sqlroute.routing.keys import Recipe, reference_dialect
 
 ANY_BUCKET = Recipe()
+NO_BUCKET = Recipe(((),))
 
 _ARM_BY_ARM = (_CompoundSelectKeyword.UNION, _CompoundSelectKeyword.UNION_ALL)
 
@@ -78,10 +88,15 @@ class Occurrence:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """All uses of sharded tables, and what forbids to run the statement shard by shard."""
+    """All uses of sharded tables, and what forbids to run the statement shard by shard.
+
+    Attributes:
+        required: indexes of the uses without whose rows the statement gives no row at all.
+    """
 
     occurrences: tuple[Occurrence, ...]
     hindrance: tuple[str, str] | None
+    required: tuple[int, ...] = ()
 
 
 def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
@@ -91,16 +106,19 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
     """
     if isinstance(core, CompoundSelect) and core.keyword in _ARM_BY_ARM:
         return _arms(core, sharded)
-    walk = _Walk()
+    walk = _Walk(core)
     if isinstance(core, Select):
-        _select(core, walk, _Scope(), _Block())
+        scope = _Scope()
+        _select(core, walk, scope, Block())
+        if not (_makes_rows(core) or walk.is_aggregated_inside):
+            _require(core, scope)
     elif isinstance(core, CompoundSelect):
         walk.seen.add(hash(core))
         walk.hinder(_set_operation(core), "set operations across shards come with the coordinator")
         for arm in core.selects:
-            _derived(arm, walk, _Block())
+            _derived(arm, walk, Block())
     elif isinstance(core, UpdateBase):
-        _dml(core, walk, _Block())
+        _dml(core, walk, Block())
         if isinstance(core, Insert):
             sharded = tuple(table for table in sharded if hash(table) != hash(core.table))
     elif sharded:
@@ -134,6 +152,15 @@ def _arms(core: CompoundSelect[Any], sharded: tuple[Table, ...]) -> Found:
     return Found(tuple(found), next(filter(None, hindrances), None))
 
 
+def _require(select: Select[Any], scope: _Scope) -> None:
+    """Note the uses without whose rows the whole statement has none."""
+    is_never = any(isinstance(part, False_) for part in _conditions(select._where_criteria))
+    for leaf in scope.leaves:
+        leaf.is_required = True
+        if is_never:
+            leaf.recipe = NO_BUCKET
+
+
 def extra_froms(statement: UpdateBase) -> list[FromClause]:
     """Return what UPDATE ... FROM and DELETE ... USING read, as SQLAlchemy finds it."""
     parts = [*getattr(statement, "_where_criteria", ()), *_dml_values(statement)]
@@ -160,30 +187,6 @@ class _Classes:
         self.parents[self.root(left)] = self.root(right)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """What a name means inside one query block.
-
-    Attributes:
-        uses: number of the use of a FROM element, by its hash (the ORM's annotated copies share
-            it); of two uses of one table, the nearer.
-        enclosing: FROM elements of all blocks, which explicit correlation may mean.
-        nearest: those of this block, which automatic correlation means.
-    """
-
-    uses: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    enclosing: frozenset[FromClause] = frozenset()
-    nearest: frozenset[FromClause] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class _Conjunct:
-    """A condition and the block that its names belong to."""
-
-    condition: Any
-    block: _Block
-
-
 @dataclass(slots=True)
 class _Leaf:
     """A use of a sharded table, found while walking.
@@ -191,6 +194,7 @@ class _Leaf:
     Attributes:
         derived: it is not in the FROM of the whole statement, nor tied to one that is.
         detached: it is in a derived table or CTE: a condition outside ties its rows, not it.
+        is_required: without a row of it the statement gives none.
     """
 
     source: int
@@ -200,6 +204,7 @@ class _Leaf:
     detached: bool
     classes: _Classes
     recipe: Recipe = ANY_BUCKET
+    is_required: bool = False
 
     def columns(self) -> tuple[ColumnId, ...]:
         return tuple((self.source, name) for name in self.key.names)
@@ -207,34 +212,66 @@ class _Leaf:
     def roots(self) -> tuple[ColumnId, ...]:
         return tuple(self.classes.root(column) for column in self.columns())
 
+    def wanted(self, is_used_once: Callable[[str], bool]) -> WantedKey:
+        columns, root = self.columns(), self.classes.root
+        return WantedKey(columns, self.roots(), self.key.kinds, root, is_used_once)
+
 
 @dataclass(slots=True)
 class _Scope:
     """A place in the tree of joins: its conjuncts restrict its leaves and those of its children.
 
     A child is the nullable side of an outer join; what is found there never restricts its parent.
+
+    Attributes:
+        inner: uses in derived tables whose rows are each of one shard.
     """
 
     leaves: list[_Leaf] = field(default_factory=list)
-    conjuncts: list[_Conjunct] = field(default_factory=list)
+    conjuncts: list[Conjunct] = field(default_factory=list)
     children: list[_Scope] = field(default_factory=list)
+    inner: list[_Leaf] = field(default_factory=list)
+
+    def local(self) -> Iterator[_Leaf]:
+        """Yield what is in it and in its children."""
+        yield from self.leaves
+        yield from self.inner
+        for child in self.children:
+            yield from child.local()
 
 
 @dataclass(slots=True)
 class _Walk:
+    """What is known so far.
+
+    Attributes:
+        core: the whole statement.
+        is_aggregated_inside: a subquery aggregates the rows of a query around it.
+    """
+
+    core: Any
     classes: _Classes = field(default_factory=_Classes)
     leaves: list[_Leaf] = field(default_factory=list)
     hindrance: tuple[str, str] | None = None
+    is_aggregated_inside: bool = False
     derived: bool = False
     detached: bool = False
     uses: int = 0
     seen: set[int] = field(default_factory=set)
+    binds: Counter[str] | None = None
+
+    def is_used_once(self, key: str) -> bool:
+        """Say whether a bind parameter is used in one place of the statement only."""
+        if self.binds is None:
+            elements = visitors.iterate(self.core)
+            self.binds = Counter(part.key for part in elements if isinstance(part, BindParameter))
+        return self.binds[key] == 1
 
     def hinder(self, clause: str, why: str) -> None:
         if self.hindrance is None:
             self.hindrance = (clause, why)
 
-    def enter(self, sources: Iterable[Any], around: _Block) -> _Block:
+    def enter(self, sources: Iterable[Any], around: Block) -> Block:
         """Return the block of these FROM elements; each is a new use."""
         uses = dict(around.uses)
         sources = list(sources)
@@ -243,7 +280,7 @@ class _Walk:
                 self.uses += 1
                 uses[hash(name)] = self.uses
         nearest = frozenset(_from_objects(*sources))
-        return _Block(MappingProxyType(uses), around.enclosing | nearest, nearest)
+        return Block(MappingProxyType(uses), around.enclosing | nearest, nearest)
 
     def leaf(self, source: int, table: Table) -> _Leaf:
         key = shard_key(table)
@@ -280,7 +317,8 @@ class _Walk:
         if len(groups) > 1:
             names = " and ".join(dict.fromkeys(leaf.table.fullname for leaf in groups))
             self.hinder("JOIN", f"uses of {names} are not joined on their shard keys")
-        return Found(tuple(found), self.hindrance)
+        required = tuple(i for i, leaf in enumerate(self.leaves) if leaf.is_required)
+        return Found(tuple(found), self.hindrance, required)
 
 
 def _colocated(leaf: _Leaf, other: _Leaf) -> bool:
@@ -307,12 +345,18 @@ def _select(
     select: Select[Any],
     walk: _Walk,
     scope: _Scope,
-    around: _Block,
-    inherited: Iterable[_Conjunct] = (),
+    around: Block,
+    inherited: Iterable[Conjunct] = (),
     *,
     in_from: bool = False,
-) -> _Block:
-    """Walk one block; ``inherited`` are conjuncts that hold for each outer row around it."""
+    member: Sequence[ColumnId | None] = (),
+) -> Block:
+    """Walk one block.
+
+    Args:
+        inherited: conjuncts that hold for each outer row around it.
+        member: of ``member IN (SELECT ...)``: the columns that its own must equal to count.
+    """
     walk.seen.add(hash(select))
     sources = _sources(select, around, in_from=in_from)
     block = walk.enter(sources, around)
@@ -320,8 +364,10 @@ def _select(
     for source in sources:
         _source(source, walk, scope, block)
     _learn(select._where_criteria, scope, walk, block)
+    if member and not _chooses_rows(select):
+        _tie_output(select, member, walk, block)
     conditions = [*inherited, *scope.conjuncts]
-    _restrict(scope, list(inherited))
+    _restrict(scope, list(inherited), walk)
     clauses: list[Any] = [
         *select._raw_columns,
         *select._where_criteria,
@@ -332,12 +378,85 @@ def _select(
     ]
     if around.uses:
         _refuse_outer_aggregates(clauses, walk, block, sources)
-    _subqueries(clauses, walk, block, set(sources), first, conditions)
+    _subqueries(clauses, walk, block, set(sources), first, conditions, scope.conjuncts)
     return block
 
 
+def _tie_output(
+    select: Select[Any], member: Sequence[ColumnId | None], walk: _Walk, block: Block
+) -> None:
+    for outer, column in zip(member, select._all_selected_columns, strict=False):
+        own = column_of(column.element if isinstance(column, Label) else column, block)
+        if outer is not None and own is not None:
+            walk.classes.union(own, outer)
+
+
+EXTENSION_CLAUSES = (
+    "_post_select_clause",
+    "_pre_columns_clause",
+    "_post_criteria_clause",
+    "_post_body_clause",
+)
+"""Where a SELECT keeps what extends its syntax, as DISTINCT ON of the dialect does."""
+
+
+def _chooses_rows(select: Select[Any]) -> bool:
+    """Say if which rows it gives hangs on rows that it does not give: LIMIT, DISTINCT ON."""
+    return (
+        select._limit_clause is not None
+        or select._offset_clause is not None
+        or select._fetch_clause is not None
+        or bool(select._distinct_on)
+        or any(getattr(select, name, None) is not None for name in EXTENSION_CLAUSES)
+    )
+
+
+def _makes_rows(select: Select[Any]) -> bool:
+    """Say if it may give a row of no rows: an aggregate without GROUP BY does.
+
+    A function that is not known may be an aggregate, and text may hold one.
+    """
+    if select._group_by_clauses:
+        return any(map(_may_aggregate, _parts(select._group_by_clauses, ClauseElement)))
+    if select._having_criteria:
+        return True
+    clauses = (*select._raw_columns, *select._order_by_clauses)
+    return any(map(_may_aggregate, _parts(clauses, ClauseElement)))
+
+
+def _may_aggregate(part: Any) -> bool:
+    if isinstance(part, FunctionElement):
+        name = getattr(part, "name", None)
+        return name in AGGREGATES or name not in HARMLESS
+    if isinstance(part, ColumnClause):
+        return part.is_literal
+    return isinstance(part, AbstractTextClause)
+
+
+def _is_local(select: Select[Any], scope: _Scope, block: Block) -> bool:
+    """Say if each row of a derived table is made of rows of one shard.
+
+    So it is when the rows are given as they are, and when they are grouped by the shard key.
+    """
+    clauses = (*select._raw_columns, *select._order_by_clauses)
+    if _chooses_rows(select) or any(True for _ in _parts(clauses, Over)):
+        return False
+    keys = [leaf.columns() for leaf in scope.leaves]
+    if select._distinct:
+        return _covers(keys, select._all_selected_columns, block)
+    if select._group_by_clauses:
+        return _covers(keys, select._group_by_clauses, block)
+    return not _makes_rows(select)
+
+
+def _covers(keys: Iterable[tuple[ColumnId, ...]], columns: Iterable[Any], block: Block) -> bool:
+    bare = (column.element if isinstance(column, Label) else column for column in columns)
+    found = {column_of(column, block) for column in bare}
+    return any(found.issuperset(key) for key in keys)
+
+
 def _refuse_outer_aggregates(
-    clauses: Iterable[Any], walk: _Walk, block: _Block, sources: Iterable[Any]
+    clauses: Iterable[Any], walk: _Walk, block: Block, sources: Iterable[Any]
 ) -> None:
     """Hinder ``(SELECT max(outer.x) FROM inner)``: it aggregates the rows of the query around.
 
@@ -347,13 +466,14 @@ def _refuse_outer_aggregates(
     for call in _parts(clauses, FunctionElement):
         if getattr(call, "name", None) not in AGGREGATES:
             continue
-        columns = [_column(part, block) for part in _parts([call], ColumnElement)]
+        columns = [column_of(part, block) for part in _parts([call], ColumnElement)]
         used = {column[0] for column in columns if column is not None}
         if used and not used & own:
+            walk.is_aggregated_inside = True
             walk.hinder("subquery", f"{call.name}() in it aggregates the rows of the outer query")
 
 
-def _sources(select: Select[Any], around: _Block, *, in_from: bool) -> list[FromClause]:
+def _sources(select: Select[Any], around: Block, *, in_from: bool) -> list[FromClause]:
     """Return the FROM that SQLAlchemy will render: without what is correlated, and no less.
 
     A sole FROM element is never correlated by itself: ``SELECT avg(o.total) FROM o`` inside a
@@ -371,7 +491,7 @@ def _sources(select: Select[Any], around: _Block, *, in_from: bool) -> list[From
     return found
 
 
-def _dml(statement: UpdateBase, walk: _Walk, around: _Block) -> None:
+def _dml(statement: UpdateBase, walk: _Walk, around: Block) -> None:
     walk.seen.add(hash(statement))
     values = [value for value in _dml_values(statement) if hasattr(value, "get_children")]
     clauses = [*values, *getattr(statement, "_returning", ())]
@@ -388,8 +508,9 @@ def _dml(statement: UpdateBase, walk: _Walk, around: _Block) -> None:
         _source(source, walk, scope, block)
     criteria = tuple(getattr(statement, "_where_criteria", ()))
     _learn(criteria, scope, walk, block)
-    _restrict(scope, [])
-    _subqueries([*criteria, *clauses], walk, block, set(), first, scope.conjuncts)
+    _restrict(scope, [], walk)
+    inside = [*criteria, *clauses]
+    _subqueries(inside, walk, block, set(), first, scope.conjuncts, scope.conjuncts)
 
 
 def _dml_values(statement: Any) -> Iterator[Any]:
@@ -400,7 +521,7 @@ def _dml_values(statement: Any) -> Iterator[Any]:
             yield from row.values() if isinstance(row, Mapping) else row
 
 
-def _source(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> None:
+def _source(source: Any, walk: _Walk, scope: _Scope, block: Block) -> None:
     """Walk one element of FROM."""
     if isinstance(source, FromGrouping):
         _source(source.element, walk, scope, block)
@@ -419,8 +540,8 @@ def _table_of(source: Any) -> Table | None:
     return source if isinstance(source, Table) else None
 
 
-def _join(join: Join, walk: _Walk, scope: _Scope, block: _Block) -> None:
-    conditions = [] if join.onclause is None else list(_split(join.onclause))
+def _join(join: Join, walk: _Walk, scope: _Scope, block: Block) -> None:
+    conditions = [] if join.onclause is None else list(split(join.onclause))
     if not join.full and not join.isouter:
         _source(join.left, walk, scope, block)
         _source(join.right, walk, scope, block)
@@ -432,14 +553,14 @@ def _join(join: Join, walk: _Walk, scope: _Scope, block: _Block) -> None:
     between = len(walk.leaves)
     _source(join.right, walk, right, block)
     left_sharded, right_sharded = between > before, len(walk.leaves) > between
-    equalities = [pair for condition in conditions for pair in _equalities(condition, block)]
+    pairs = [pair for condition in conditions for pair in equalities(condition, block)]
     near = _uses(join.right, block)
     if join.full:
         scope.children.append(left)
-        _tie_both(equalities, _uses(join.left, block), near, walk)
+        _tie_both(pairs, _uses(join.left, block), near, walk)
     else:
-        right.conjuncts += [_Conjunct(condition, block) for condition in conditions]
-        _tie(equalities, near, walk)
+        right.conjuncts += [Conjunct(condition, block) for condition in conditions]
+        _tie(pairs, near, walk)
     scope.children.append(right)
     if join.full and left_sharded != right_sharded:
         walk.hinder("FULL JOIN", "rows of the unsharded side would appear on every shard")
@@ -449,11 +570,11 @@ def _join(join: Join, walk: _Walk, scope: _Scope, block: _Block) -> None:
         )
 
 
-def _uses(source: Any, block: _Block) -> set[int]:
+def _uses(source: Any, block: Block) -> set[int]:
     return {block.uses[hash(name)] for name in _names(source)}
 
 
-def _tie(equalities: list[tuple[ColumnId, ColumnId]], near: set[int], walk: _Walk) -> None:
+def _tie(pairs: list[tuple[ColumnId, ColumnId]], near: set[int], walk: _Walk) -> None:
     """Tie each column of the nullable side of a LEFT JOIN to at most one beyond it.
 
     The equalities of ON hold wherever the nullable side has a row, and only there. So
@@ -462,7 +583,7 @@ def _tie(equalities: list[tuple[ColumnId, ColumnId]], near: set[int], walk: _Wal
     """
     tied: list[ColumnId] = []
     root = walk.classes.root
-    for one, other in equalities:
+    for one, other in pairs:
         inside, beyond = (one, other) if one[0] in near else (other, one)
         if inside[0] not in near:
             continue
@@ -477,7 +598,7 @@ def _tie(equalities: list[tuple[ColumnId, ColumnId]], near: set[int], walk: _Wal
 
 
 def _tie_both(
-    equalities: list[tuple[ColumnId, ColumnId]], left: set[int], right: set[int], walk: _Walk
+    pairs: list[tuple[ColumnId, ColumnId]], left: set[int], right: set[int], walk: _Walk
 ) -> None:
     """Tie the two sides of a FULL JOIN: each column to at most one of the other side.
 
@@ -485,7 +606,7 @@ def _tie_both(
     """
     tied: list[ColumnId] = []
     root = walk.classes.root
-    for one, other in equalities:
+    for one, other in pairs:
         sides = {one[0] in left, other[0] in left}, {one[0] in right, other[0] in right}
         if sides != ({True, False}, {True, False}):
             continue
@@ -495,7 +616,7 @@ def _tie_both(
         walk.classes.union(one, other)
 
 
-def _derived_table(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> None:
+def _derived_table(source: Any, walk: _Walk, scope: _Scope, block: Block) -> None:
     """A subquery in FROM: its conditions hold outside, the outer ones do not hold inside."""
     element = source.element
     while isinstance(element, AliasedReturnsRows):
@@ -510,9 +631,12 @@ def _derived_table(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> No
         walk.derived = before
         return
     if isinstance(source, Lateral):
-        classes = walk.classes
+        classes, first = walk.classes, len(walk.leaves)
         walk.classes = _Classes(classes.parents)
         _derived(element, walk, block)
+        siblings = set(block.uses.values())
+        anchors = [x for x in walk.leaves[:first] if not x.derived and x.source in siblings]
+        _release(walk.leaves[first:], anchors)
         walk.classes = classes
         return
     before, walk.detached = walk.detached, True
@@ -521,13 +645,17 @@ def _derived_table(source: Any, walk: _Walk, scope: _Scope, block: _Block) -> No
     if inner is None or (isinstance(source, CTE) and source.recursive):
         return  # each turn of a recursion reads other rows than those of its first SELECT
     conditions, inner_block = inner
+    if _is_local(_bare(element), conditions, inner_block):
+        for leaf in conditions.local():
+            leaf.derived, leaf.detached = walk.derived, before
+            scope.inner.append(leaf)
     for name, column in source.c.items():
         if (found := _origin(column, inner_block)) is not None:
             walk.classes.union((block.uses[hash(source)], name), found)
     scope.conjuncts += conditions.conjuncts
 
 
-def _origin(column: Any, inner: _Block) -> ColumnId | None:
+def _origin(column: Any, inner: Block) -> ColumnId | None:
     """Return the column of the inner block that a column of a derived table is."""
     found: ColumnId | None = None
     while found is None:
@@ -535,20 +663,26 @@ def _origin(column: Any, inner: _Block) -> ColumnId | None:
         if not proxies or any(getattr(p, "element", None) is not proxies[0] for p in proxies[1:]):
             return None
         column = proxies[0]  # behind it may be the label that it has inside
-        found = _column(column, inner)
+        found = column_of(column, inner)
     return found
+
+
+def _bare(element: Any) -> Any:
+    while not isinstance(element, Select | CompoundSelect) and hasattr(element, "element"):
+        element = element.element
+    return element
 
 
 def _derived(
     element: Any,
     walk: _Walk,
-    around: _Block,
-    inherited: Iterable[_Conjunct] = (),
+    around: Block,
+    inherited: Iterable[Conjunct] = (),
     *,
     in_from: bool = False,
-) -> tuple[_Scope, _Block] | None:
-    while not isinstance(element, Select | CompoundSelect) and hasattr(element, "element"):
-        element = element.element
+    member: Sequence[ColumnId | None] = (),
+) -> tuple[_Scope, Block] | None:
+    element = _bare(element)
     before, walk.derived = walk.derived, True
     try:
         if isinstance(element, CompoundSelect):
@@ -558,7 +692,7 @@ def _derived(
                 _derived(arm, walk, around, inherited, in_from=in_from)
         elif isinstance(element, Select):
             scope = _Scope()
-            block = _select(element, walk, scope, around, inherited, in_from=in_from)
+            block = _select(element, walk, scope, around, inherited, in_from=in_from, member=member)
             return scope, block
         return None
     finally:
@@ -568,21 +702,58 @@ def _derived(
 def _subqueries(
     clauses: Iterable[Any],
     walk: _Walk,
-    block: _Block,
+    block: Block,
     sources: set[Any],
     first: int,
-    conditions: list[_Conjunct],
+    conditions: list[Conjunct],
+    demanded: Iterable[Conjunct] = (),
 ) -> None:
-    """Walk EXISTS, IN (SELECT) and scalar subqueries; tied to the outer key they stay local."""
+    """Walk EXISTS, IN (SELECT) and scalar subqueries; tied to the outer key they stay local.
+
+    Args:
+        demanded: conjuncts of the block itself.
+    """
     anchors = [leaf for leaf in walk.leaves[first:] if not leaf.derived]
+    members = dict(_memberships(demanded))
     for select in _nested_selects(clauses, sources):
         outer_classes, before = walk.classes, len(walk.leaves)
         walk.classes = _Classes(outer_classes.parents)
-        _derived(select, walk, block, conditions)
-        for leaf in walk.leaves[before:]:
-            if not leaf.detached and any(_colocated(leaf, anchor) for anchor in anchors):
-                leaf.derived = False
+        _derived(select, walk, block, conditions, member=members.get(hash(select), ()))
+        _release(walk.leaves[before:], anchors)
         walk.classes = outer_classes
+
+
+def _release(leaves: Iterable[_Leaf], anchors: Sequence[_Leaf]) -> None:
+    """Note the uses whose rows are on the shard of the outer row that they are tied to."""
+    for leaf in leaves:
+        if not leaf.detached and any(_colocated(leaf, anchor) for anchor in anchors):
+            leaf.derived = False
+
+
+def _memberships(conjuncts: Iterable[Conjunct]) -> Iterator[tuple[int, list[ColumnId | None]]]:
+    """Yield (SELECT, columns) of ``columns IN (SELECT ...)`` and ``column = ANY (SELECT ...)``.
+
+    Where that is demanded: rows on other shards can only make false of it, which NULL is too.
+    """
+    for conjunct in conjuncts:
+        condition = conjunct.condition
+        if not isinstance(condition, BinaryExpression):
+            continue
+        found: Any = condition.right
+        if condition.operator is operators.eq and isinstance(found, CollectionAggregate):
+            found = found.element if found.operator is operators.any_op else None
+        elif condition.operator is not operators.in_op:
+            continue
+        while not isinstance(found, SelectBase) and hasattr(found, "element"):
+            found = found.element
+        if isinstance(found, Select):
+            left = condition.left
+            columns = left.clauses if isinstance(left, Tuple) else [left]
+            yield hash(found), [_hashed(column, conjunct.block) for column in columns]
+
+
+def _hashed(column: Any, block: Block) -> ColumnId | None:
+    return column_of(column, block) if kind_of(column.type) is not None else None
 
 
 def _nested_selects(clauses: Iterable[Any], skip: set[Any]) -> Iterator[Any]:
@@ -623,149 +794,26 @@ def _joins(source: Any) -> Iterator[Join]:
         yield from _joins(source.right)
 
 
-def _split(condition: Any) -> Iterator[Any]:
-    if isinstance(condition, Grouping):
-        yield from _split(condition.element)
-    elif isinstance(condition, LambdaElement):
-        yield from _split(condition._resolved)
-    elif isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
-        for clause in condition.clauses:
-            yield from _split(clause)
-    else:
-        yield condition
+def _conditions(criteria: Iterable[Any]) -> Iterator[Any]:
+    return (part for condition in criteria for part in split(condition))
 
 
-def _learn(conditions: Iterable[Any], scope: _Scope, walk: _Walk, block: _Block) -> None:
+def _learn(conditions: Iterable[Any], scope: _Scope, walk: _Walk, block: Block) -> None:
     """Add AND-ed conditions to a scope, and note the equalities among columns in them."""
-    conjuncts = [conjunct for condition in conditions for conjunct in _split(condition)]
+    conjuncts = list(_conditions(conditions))
     for conjunct in conjuncts:
-        for left, right in _equalities(conjunct, block):
+        for left, right in equalities(conjunct, block):
             walk.classes.union(left, right)
-    scope.conjuncts += [_Conjunct(conjunct, block) for conjunct in conjuncts]
+    scope.conjuncts += [Conjunct(conjunct, block) for conjunct in conjuncts]
 
 
-def _equalities(condition: Any, block: _Block) -> Iterator[tuple[ColumnId, ColumnId]]:
-    """Yield the columns that a conjunct makes equal in value and in hash.
-
-    Of types that hash alike only: ``text = citext`` ignores case, ``bigint = double`` rounds.
-    """
-    if not isinstance(condition, BinaryExpression) or condition.operator is not operators.eq:
-        return
-    for one, other in _sides(condition):
-        a, b = _column(one, block), _column(other, block)
-        if a is None or b is None:
-            continue
-        kind = kind_of(one.type)
-        if kind is not None and kind is kind_of(other.type):
-            yield a, b
-
-
-def _restrict(scope: _Scope, inherited: list[_Conjunct]) -> None:
+def _restrict(scope: _Scope, inherited: list[Conjunct], walk: _Walk) -> None:
     """Give each leaf the recipe that the conjuncts of its scope and of those around it make."""
     conditions = [*inherited, *scope.conjuncts]
     for leaf in scope.leaves:
-        leaf.recipe = _recipe(conditions, leaf)
+        leaf.recipe = recipe(conditions, leaf.wanted(walk.is_used_once))
     for child in scope.children:
-        _restrict(child, conditions)
-
-
-def _recipe(conditions: list[_Conjunct], leaf: _Leaf) -> Recipe:
-    roots = leaf.roots()
-    per_column: list[list[Bind]] = [[] for _ in roots]
-    unions: list[tuple[Product, ...]] = []
-    for condition in conditions:
-        for index, bind in _key_binds(condition, leaf, roots):
-            per_column[index].append(bind)
-        if (union := _alternatives(condition, leaf)) is not None:
-            unions.append(union)
-    if len(roots) == 1:
-        unions += [(Product((bind,)),) for bind in per_column[0]]
-    elif all(per_column):
-        unions.append((Product(tuple(binds[0] for binds in per_column)),))
-    return Recipe(tuple(unions))
-
-
-def _alternatives(conjunct: _Conjunct, leaf: _Leaf) -> tuple[Product, ...] | None:
-    """``(k = 1 AND ...) OR k IN (2, 3)``: a union, when every arm gives whole keys."""
-    condition = conjunct.condition
-    while isinstance(condition, Grouping):
-        condition = condition.element
-    if not isinstance(condition, BooleanClauseList) or condition.operator is not operators.or_:
-        return None
-    found: list[Product] = []
-    for arm in condition.clauses:
-        recipe = _recipe([_Conjunct(part, conjunct.block) for part in _split(arm)], leaf)
-        if not recipe.unions:
-            return None
-        found += recipe.unions[0]
-    return tuple(found)
-
-
-def _key_binds(
-    conjunct: _Conjunct, leaf: _Leaf, roots: tuple[ColumnId, ...]
-) -> Iterator[tuple[int, Bind]]:
-    """Yield ``key column = parameter`` facts of one conjunct, as (index of the column, bind)."""
-    condition = conjunct.condition
-    if not isinstance(condition, BinaryExpression):
-        return
-    if condition.operator is not operators.in_op and condition.operator is not operators.eq:
-        return
-    for left, right in _sides(condition):
-        for one, value in ((left, right), (right, left)):
-            identity = _column(one, conjunct.block)
-            bind = None if identity is None else _bind(value, condition.operator)
-            if identity is None or bind is None:
-                continue
-            root = leaf.classes.root(identity)
-            for index, wanted in enumerate(roots):
-                if root == wanted and _is_sent_as(bind.type, leaf.key.kinds[index]):
-                    yield index, bind
-
-
-def _bind(value: Any, operator: Any) -> Bind | None:
-    """Return the parameter that a key is compared with, read through its own type.
-
-    Not through the column's: ``literal(x, OtherType)`` is sent as the other type stores it.
-    """
-    if isinstance(value, BindParameter):
-        if value.expanding != (operator is operators.in_op):
-            return None
-        return Bind(value.key, bool(value.expanding), value.type)
-    if (
-        isinstance(value, CollectionAggregate)
-        and value.operator is operators.any_op
-        and operator is operators.eq
-    ):
-        array: Any = value.element
-        while isinstance(array, Grouping):
-            array = array.element
-        if isinstance(array, BindParameter) and isinstance(array.type, ARRAY):
-            return Bind(array.key, True, array.type.item_type)
-    return None
-
-
-def _is_sent_as(type_: Any, kind: KeyKind) -> bool:
-    """Say whether the comparison is one of the key's own type: no cast, no other collation."""
-    return isinstance(type_, NullType) or kind_of(type_) is kind
-
-
-def _sides(condition: BinaryExpression[Any]) -> list[tuple[Any, Any]]:
-    """The pairs that a comparison compares: several for row values."""
-    left, right = condition.left, condition.right
-    if isinstance(left, Tuple) and isinstance(right, Tuple):
-        return list(zip(left.clauses, right.clauses, strict=False))
-    return [(left, right)]
-
-
-def _column(expression: Any, block: _Block) -> ColumnId | None:
-    while isinstance(expression, Grouping):
-        expression = expression.element
-    table = getattr(expression, "table", None)
-    key = getattr(expression, "key", None)
-    if table is None or key is None or not isinstance(expression, ColumnElement):
-        return None
-    use = block.uses.get(hash(table))
-    return None if use is None else (use, str(key))
+        _restrict(child, conditions, walk)
 
 
 def _set_operation(core: CompoundSelect[Any]) -> str:

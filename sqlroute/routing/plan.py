@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,7 @@ class Tier(Enum):
     """How many servers answer, and how their answers become one."""
 
     SINGLE = "single"
+    EMPTY = "empty"  # no row can match: nothing is asked
     SCATTER = "scatter"
     SPLIT = "split"  # rows of one INSERT, each to its own shard
     BROADCAST = "broadcast"  # a reference table is written on every shard
@@ -67,6 +69,9 @@ class Plan:
         rows: for SPLIT, the indexes of the rows of each target.
         coordinators: for COORDINATOR, the nodes that may answer, in the order in which they are
             tried; the targets are what they read.
+        lists: for SCATTER, the parameters of which each target is sent just its values; empty where
+            all are sent the same.
+        sql: what each target is sent, where the plan is made to be shown.
     """
 
     tier: Tier
@@ -77,6 +82,8 @@ class Plan:
     merge: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
     coordinators: tuple[str, ...] = ()
+    sql: tuple[str, ...] = ()
+    lists: tuple[Mapping[str, list[Any]], ...] = field(default=(), compare=False)
 
     @property
     def target(self) -> Target:
@@ -101,18 +108,26 @@ class Plan:
                     "role": "primary" if target.is_primary else "replica",
                     "in_transaction": target.in_transaction,
                     "reason": target.reason,
+                    **({"sql": self.sql[index]} if self.sql else {}),
                 }
-                for target in self.targets
+                for index, target in enumerate(self.targets)
             ],
             "merge": list(self.merge),
             "reasons": list(self.reasons),
         }
+
+    def sent(self) -> list[str]:
+        """Return what is sent, as lines: once where all are sent the same."""
+        if len(set(self.sql)) <= 1:
+            return [f"  sends {sql}" for sql in self.sql[:1]]
+        return [f"  sends {s} {sql}" for s, sql in zip(self.shards, self.sql, strict=True)]
 
     def __str__(self) -> str:
         lines = [f"{self.tier.value} ({self.kind})"]
         lines += [f"  on {name}" for name in self.coordinators[:1]]
         lines += [f"  or on {name}" for name in self.coordinators[1:]]
         lines += [f"  -> {target}" for target in self.targets]
+        lines += self.sent()
         lines += [f"  merge: {step}" for step in self.merge]
         lines += [f"  because {reason}" for reason in self.reasons]
         return "\n".join(lines)

@@ -13,7 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.sql import Select, visitors
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnElement
+from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnElement, TextClause
 from sqlalchemy.sql.type_api import TypeDecorator
 
 from sqlroute.errors import (
@@ -22,14 +22,16 @@ from sqlroute.errors import (
     MissingShardKey,
     PlanError,
     ShardMapUnavailable,
+    UnknownName,
 )
 from sqlroute.routing.coordinated import coordinated
 from sqlroute.routing.functions import BUILT_IN, Functions
 from sqlroute.routing.hashing import bucket_of
-from sqlroute.routing.keys import Bind, Values, stored
+from sqlroute.routing.keys import Bind, Unproved, Values, stored
+from sqlroute.routing.known import KnownTables
 from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.rows import bucket_of_key
-from sqlroute.routing.statement import Kind, Placement, Statement, describe
+from sqlroute.routing.statement import Kind, Placement, Statement, describe, text_of
 from sqlroute.routing.target import Situation, kind_of, target_of
 from sqlroute.topology import Keyspace, ShardMap, Topology
 
@@ -64,6 +66,7 @@ class Shape:
 
     Attributes:
         position: of each bind parameter in the cache key, by the name it had first.
+        constants: what SQL text compares with columns, by the names its recipes have for it.
         reads_entities: rows may hold ORM entities, which must carry their shard as identity token.
         key: the one parameter that places every table of it, if it is as simple as that.
         merge: how its answers merge, made when it is first scattered.
@@ -71,16 +74,19 @@ class Shape:
         plans: of one shard, by (target, epoch, kind): they differ in nothing else.
         code_points: the collation it was made for.
         functions: what was known when its functions decided its kind, ``None`` if it calls none.
+        tables: what was known when SQL text was placed, ``None`` for other statements.
     """
 
     statement: Statement
     position: Mapping[str, int]
+    constants: Mapping[str, Any] = field(default_factory=dict)
     reads_entities: bool = True
     key: Bind | None = None
     merge: MergeShape | None = None
     unmerged: tuple[str, str] | None = None
     code_points: bool = False
     functions: Functions | None = None
+    tables: KnownTables | None = None
     plans: dict[tuple[Target, int, Kind], Plan] = field(default_factory=dict)
 
 
@@ -102,6 +108,8 @@ class Described:
         position = self.shape.position.get(key)
         parameters = self.parameters
         if position is None:
+            if key in self.shape.constants:
+                return self.shape.constants[key]
             if isinstance(parameters, Mapping):
                 return parameters[key]
             raise KeyError(key)
@@ -117,17 +125,40 @@ class Described:
             raise KeyError(key)
         return bind.effective_value
 
+    def rows(self) -> list[Mapping[str, Any]]:
+        """Return the keys of the rows of an INSERT given as text, row by row of parameters.
+
+        Raises:
+            MissingShardKey: a row has none.
+        """
+        row_keys = self.shape.statement.row_keys or ()
+        several = isinstance(self.parameters, list | tuple)
+        given = self.parameters if several else [self.parameters]
+        each = [replace(self, parameters=parameters) for parameters in given]
+        return [_key_of(row, one) for one in each for row in row_keys]
+
+
+def _key_of(row: Mapping[str, Bind], described: Described) -> Mapping[str, Any]:
+    try:
+        return {name: bind.stored(described.value, 1)[0] for name, bind in row.items()}
+    except Unproved:
+        raise MissingShardKey(
+            f"a row of {described.shape.statement.tables[0]} has no value for its shard key "
+            f"({', '.join(row)}) that can be read; give it as a parameter of the key's type"
+        ) from None
+
 
 @dataclass(slots=True)
 class Planner:
     """Remembers shapes; otherwise a function from a statement and a situation to a plan.
 
     Attributes:
-        functions: what is known of them; replaced by the runtime when it has read more.
+        functions, tables: what is known of them; replaced by the runtime when it has read more.
     """
 
     topology: Topology
     functions: Functions = BUILT_IN
+    tables: KnownTables = field(default_factory=KnownTables)
     _shapes: OrderedDict[Any, Shape] = field(default_factory=OrderedDict)
 
     def describe(self, statement: Any, parameters: Any = None) -> Described:
@@ -150,7 +181,7 @@ class Planner:
             shape = self._shape(statement, position)
             return Described(statement, shape, binds, _given(_params(statement), parameters))
         found = self._shapes.get(cache_key.key)
-        if found is None or found.functions not in (None, self.functions):
+        if found is None or self._is_outdated(found):
             position = {bind.key: i for i, bind in enumerate(cache_key.bindparams)}
             found = self._shape(statement, position)
             self._shapes[cache_key.key] = found
@@ -160,16 +191,47 @@ class Planner:
             parameters = _given(cache_key.params, parameters)
         return Described(statement, found, cache_key.bindparams, parameters)
 
+    def _is_outdated(self, shape: Shape) -> bool:
+        """Say whether more is known now of what a shape calls and reads."""
+        return shape.functions not in (None, self.functions) or (
+            shape.tables is not None and shape.tables is not self.tables
+        )
+
     def _shape(self, statement: Any, position: Mapping[str, int]) -> Shape:
-        functions = self.functions
-        description = describe(statement, self.topology, functions)
+        functions, tables = self.functions, self.tables
+        clause = text_of(statement) if self._is_sharded else None
+        constants: Mapping[str, Any] = {}
+        if clause is None:
+            description = describe(statement, self.topology, functions)
+        else:
+            description, constants = self._text(clause, statement)
         return Shape(
             description,
             position,
+            constants,
             _reads_entities(statement),
             _simple_key(description),
             functions=functions if description.calls else None,
+            tables=None if clause is None else tables,
         )
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(keyspace.is_sharded for keyspace in self.topology.keyspaces)
+
+    def _text(self, clause: TextClause, statement: Any) -> tuple[Statement, Mapping[str, Any]]:
+        """Describe SQL text by what its tables are known to be; else by what it does alone."""
+        from sqlroute.routing.sqltext import describe_clause  # if there is any text at all
+        from sqlroute.routing.sqltree import UnknownTable
+
+        try:
+            text = describe_clause(clause, self.tables.by_name(), self.topology, self.functions)
+        except (PlanError, UnknownName) as unplaced:
+            found = describe(statement, self.topology, self.functions)
+            untold = (unplaced.table,) if isinstance(unplaced, UnknownTable) else ()
+            reasons = (str(unplaced), *found.reasons)
+            return replace(found, reasons=reasons, is_text=True, untold=untold), {}
+        return text.statement, text.constants
 
     def merge(self, described: Described, found: Plan, code_points: bool) -> tuple[Rewritten, Plan]:
         """Return what every shard is sent with its merge, and the plan that tells of it.
@@ -180,9 +242,13 @@ class Planner:
         Raises:
             CrossShardRefused: the answers cannot be merged exactly; names the clause.
         """
-        from sqlroute.routing.rewrite import analyse, rewritten  # the largest part, if ever needed
+        # the largest part, if ever needed
+        from sqlroute.routing.merge import MergeSpec
+        from sqlroute.routing.rewrite import Rewritten, analyse, rewritten
 
         shape, statement = described.shape, described.statement
+        if shape.statement.is_text:
+            return Rewritten(statement, MergeSpec()), replace(found, merge=MergeSpec().describe())
         parameters = described.parameters
         given = parameters if isinstance(parameters, Mapping) else None
         try:
@@ -281,16 +347,25 @@ def _by_shards(described: Described, situation: Situation, rng: Random) -> Plan:
     shards, reason = _shards(statement, described.value, situation, shard_map, kind)
     epoch = shard_map.epoch
     reasons = (*statement.reasons, reason)
+    if not shards:
+        return Plan(Tier.EMPTY, (), kind.value, epoch, reasons)
     if len(shards) == 1:
         target = target_of(shards[0], kind, situation, rng)
         return Plan(Tier.SINGLE, (target,), kind.value, epoch, reasons)
     if statement.placement is Placement.ANYWHERE:
+        if statement.is_text:
+            raise CrossShardRefused(
+                "text()",
+                f"reference table {statement.tables[0]} is written on every shard by the rows that "
+                "result, which text does not tell; use insert(), update() or delete() of its Table",
+            )
         targets = tuple(target_of(shard, Kind.WRITE, situation, rng) for shard in shards)
         return Plan(Tier.BROADCAST, targets, kind.value, epoch, reasons)
     if described.shape.unmerged is not None and keyspace.coordinator is not None:
         raise CrossShardRefused(*described.shape.unmerged)
     targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
-    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons)
+    lists = _lists(statement, described.value, shard_map, shards)
+    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons, lists=lists)
 
 
 def _single(
@@ -351,7 +426,7 @@ def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: 
         bucket = bucket_of_key(table, key, statement.keyspace.buckets)
         rows.setdefault(shard_map.owner(bucket), []).append(index)
     shards = tuple(rows) or shard_map.shards[:1]
-    read = _holders(statement, described.value, shard_map)
+    read, _ = _holders(statement, described.value, shard_map)
     if read and (len(shards) > 1 or not read <= set(shards)):
         raise CrossShardRefused(
             "subquery in INSERT",
@@ -404,7 +479,10 @@ def _check_named(situation: Situation, keyspace: Keyspace) -> None:
 def _shards(
     statement: Statement, values: Values, situation: Situation, shard_map: ShardMap, kind: Kind
 ) -> tuple[tuple[str, ...], str]:
-    """Return the shards of a statement of a sharded keyspace, and why these."""
+    """Return the shards of a statement of a sharded keyspace, and why these.
+
+    None at all where its conditions exclude every row and nothing but rows is asked for.
+    """
     keyspace = statement.keyspace
     if situation.demand.shard is not None:
         _check_named(situation, keyspace)
@@ -423,7 +501,9 @@ def _shards(
         )
     if statement.placement is Placement.ANYWHERE:
         return _anywhere(statement, situation, shard_map, kind)
-    found = _holders(statement, values, shard_map)
+    found, is_empty = _holders(statement, values, shard_map)
+    if is_empty and kind is Kind.READ and not statement.is_text:  # of text no column is known
+        return (), f"its conditions on the key ({statement.key}) exclude every row"
     if not found:
         return (
             shard_map.shards[0],
@@ -436,10 +516,11 @@ def _shards(
     return shards, reason
 
 
-def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> set[str]:
-    """Return the shards that can hold a row that the statement reads."""
+def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> tuple[set[str], bool]:
+    """Return the shards that can hold a row it reads, and whether it can give none at all."""
     found: set[str] = set()
-    for occurrence in statement.occurrences:
+    is_empty = False
+    for index, occurrence in enumerate(statement.occurrences):
         buckets = occurrence.recipe.buckets(
             values, occurrence.key.kinds, statement.keyspace.buckets
         )
@@ -447,8 +528,24 @@ def _holders(statement: Statement, values: Values, shard_map: ShardMap) -> set[s
             shard_map.check_complete()
             found.update(shard_map.shards)
         else:
+            is_empty |= not buckets and index in statement.required
             found.update(shard_map.owner(bucket) for bucket in buckets)
-    return found
+    return found, is_empty
+
+
+def _lists(
+    statement: Statement, values: Values, shard_map: ShardMap, shards: tuple[str, ...]
+) -> tuple[Mapping[str, list[Any]], ...]:
+    """Return per shard the values of its own of each list that is compared with a key."""
+    shares: dict[str, Mapping[str, list[Any]]] = {}
+    if statement.is_text:  # nobody counts how often a text uses its parameters
+        return ()
+    for occurrence in statement.occurrences:
+        kinds, buckets = occurrence.key.kinds, statement.keyspace.buckets
+        shares |= occurrence.recipe.shares(values, kinds, buckets, shard_map.owner)
+    if not shares:
+        return ()
+    return tuple({key: share.get(shard, []) for key, share in shares.items()} for shard in shards)
 
 
 def _on_one_shard(statement: Statement) -> str:

@@ -46,27 +46,28 @@ def statement_facts(text: str, expanding: Collection[str] = ()) -> TextFacts:
         text: as given to ``text()``: parameters are written ``:name``.
         expanding: names of the parameters that are rendered as a list in parentheses.
     """
-    return _statement_facts(numbered(text, expanding))
+    return _statement_facts(named(text, expanding)[0])
 
 
 def fragment_facts(text: str) -> TextFacts:
     """Return the facts of a part of a statement: expressions, or what stands in ORDER BY."""
-    return _fragment_facts(numbered(text), ("SELECT 1 ORDER BY {}", "SELECT {}"))
+    return _fragment_facts(named(text)[0], ("SELECT 1 ORDER BY {}", "SELECT {}"))
 
 
 def source_facts(text: str) -> TextFacts:
     """Return the facts of a part of a statement that stands in FROM."""
-    return _fragment_facts(numbered(text), ("SELECT 1 FROM {}",))
+    return _fragment_facts(named(text)[0], ("SELECT 1 FROM {}",))
 
 
 _PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?![:\w])")
 _ESCAPED = re.compile(r"\\(:\w*)(?![:\w])")
 
 
-def numbered(text: str, expanding: Collection[str] = ()) -> str:
-    """Return text as the server sees it: ``$1`` for ``:name``, ``:name`` for its escaped form.
+def named(text: str, expanding: Collection[str] = ()) -> tuple[str, dict[int, str]]:
+    """Return text as the server sees it, and the names of its parameters by number.
 
-    By the same rules as SQLAlchemy, which does not leave out quoted strings either.
+    ``$1`` stands for ``:name``, ``:name`` for its escaped form, by the same rules as SQLAlchemy's,
+    which do not leave out quoted strings either.
     """
     numbers: dict[str, int] = {}
 
@@ -74,7 +75,8 @@ def numbered(text: str, expanding: Collection[str] = ()) -> str:
         number = numbers.setdefault(match[1], len(numbers) + 1)
         return f"(${number})" if match[1] in expanding else f"${number}"
 
-    return _ESCAPED.sub(r"\1", _PARAMETER.sub(replaced, text))
+    sql = _ESCAPED.sub(r"\1", _PARAMETER.sub(replaced, text))
+    return sql, {number: name for name, number in numbers.items()}
 
 
 @lru_cache(maxsize=TEXTS)

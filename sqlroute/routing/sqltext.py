@@ -10,71 +10,133 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
+from sqlalchemy.sql.elements import TextClause
 from sqlalchemy.sql.schema import Table
 
-from sqlroute.errors import CrossShardRefused, MissingShardKey, PlanError, UnknownName
+from sqlroute.errors import CrossShardRefused, MissingShardKey, PlanError
 from sqlroute.routing.blocks import ANY_BUCKET, Occurrence
 from sqlroute.routing.declare import shard_key
 from sqlroute.routing.functions import BUILT_IN, Functions, Judgement, judge
-from sqlroute.routing.hashing import KeyKind
-from sqlroute.routing.planner import Described, Shape
-from sqlroute.routing.sqlfacts import TextFacts, nodes, sets_something, tree_facts
+from sqlroute.routing.keys import Bind
+from sqlroute.routing.sqlclauses import clauses, why_not_row_by_row
+from sqlroute.routing.sqlfacts import TextFacts, named, nodes, sets_something, tree_facts
 from sqlroute.routing.sqltree import Role, TableInfo, Tables, Tree
-from sqlroute.routing.sqlvalues import Node, constant, read
+from sqlroute.routing.sqlvalues import Node
 from sqlroute.routing.statement import Kind, Placement, Statement, describe, with_opaque
 from sqlroute.topology import Keyspace, Topology
 
-__all__ = ["Role", "TableInfo", "Tables", "TextStatement", "describe_text"]
+__all__ = ["Role", "TableInfo", "Tables", "TextStatement", "describe_clause", "describe_text"]
 
 
 @dataclass(frozen=True, slots=True)
 class TextStatement:
-    """SQL text, ready for the planner.
+    """SQL text, described.
 
     Attributes:
-        values: of the parameters and of the constants that are compared with columns.
-        rows: the keys of an INSERT into a sharded table.
+        constants: values that it compares with columns, by the names its recipes have for them.
+        names: of its parameters.
+        clauses: of a SELECT, what makes more of several rows than those rows.
     """
 
     sql: str
     statement: Statement
-    values: Mapping[str, Any]
-    rows: tuple[Mapping[str, Any], ...] | None = None
-
-    def described(self) -> Described:
-        """Return what :func:`sqlroute.routing.planner.plan` takes."""
-        return Described(self.sql, Shape(self.statement, {}), (), self.values)
+    constants: Mapping[str, Any]
+    names: frozenset[str]
+    clauses: tuple[str, ...] = ()
 
 
 def describe_text(
-    sql: str,
-    tables: Tables,
-    topology: Topology,
-    parameters: Mapping[str, Any] = MappingProxyType({}),
-    functions: Functions = BUILT_IN,
+    sql: str, tables: Tables, topology: Topology, functions: Functions = BUILT_IN
 ) -> TextStatement:
-    """Describe one statement given as text.
+    """Describe one statement given as text, without the values of its parameters.
 
     Args:
-        sql: parameters are written ``:name``, ``%(name)s`` or ``$1``.
+        sql: parameters are written ``:name``, ``%(name)s`` or ``$1``; the last is named ``"1"``.
         tables: what exists.
-        parameters: their values by name, ``"1"`` for ``$1``; a text is read as the type of the
-            column it is compared with, as PostgreSQL reads a quoted literal.
         functions: what is known of them.
 
     Raises:
         PlanError: it is not one statement of valid SQL, or cannot be placed.
-        UnknownName: a table or parameter that nobody knows, or a parameter without its value.
+        UnknownName: a table that nobody knows.
+    """
+    numbered, names = _numbered(sql)
+    return _described(sql, numbered, Tree(tables, names), topology, functions)
+
+
+def describe_clause(
+    clause: TextClause, tables: Tables, topology: Topology, functions: Functions = BUILT_IN
+) -> TextStatement:
+    """Describe a ``text()`` of SQLAlchemy, whose parameters are read by its rules.
+
+    Args:
+        tables: what exists.
+        functions: what is known of them.
+
+    Raises: as :func:`describe_text`.
+    """
+    binds = clause._bindparams
+    expanding = frozenset(name for name, bind in binds.items() if bind.expanding)
+    sql, names = named(clause.text, expanding)
+    tree = Tree(tables, names, {name: bind.type for name, bind in binds.items()}, expanding)
+    return _described(clause.text, sql, tree, topology, functions)
+
+
+def rebuilt(sql: str, tables: Tables) -> Any:
+    """Return a statement as far as it was understood, over tables made for it; never to be run.
+
+    Raises: as :func:`describe_text`.
+    """
+    numbered, names = _numbered(sql)
+    (name, body), *_ = _parsed(numbered, sql).items()
+    tree = Tree(tables, names)
+    if name == "SelectStmt":
+        return tree.query(body)
+    if name in ("InsertStmt", "UpdateStmt", "DeleteStmt"):
+        return tree.written(body)
+    raise PlanError(f"{sql[:60]!r} is no query")
+
+
+def inserted(sql: str, tables: Tables) -> list[tuple[str, str]]:
+    """Return (table, column) of each column that an INSERT gives a constant or a parameter.
+
+    Raises: as :func:`describe_text`.
     """
     numbered, names = _numbered(sql)
     root = _parsed(numbered, sql)
-    _check_names(parameters, names)
-    found = _described(sql, root, Tree(tables, names, parameters), topology, functions)
-    statement = replace(found.statement, sets=sets_something(sql), undecided=False)
-    return replace(found, statement=statement)
+    if "InsertStmt" not in root:
+        return []
+    body, tree = root["InsertStmt"], Tree(tables, names)
+    info = tree.info(body["relation"])
+    lists = body.get("selectStmt", {}).get("SelectStmt", {}).get("valuesLists", [])
+    columns = _columns(body, info)
+    found = []
+    for row in lists[:1]:
+        for column, node in zip(columns, row["List"]["items"], strict=False):
+            kind = info.columns.get(column)
+            if kind is not None and tree.bind(node, kind) is not None:
+                found.append((info.name, column))
+    return found
+
+
+def statements(sql: str) -> list[str]:
+    """Return the statements of a text, which are parted by ``;``, or one in each line.
+
+    Raises:
+        PlanError: neither can be parsed.
+    """
+    numbered, _ = _numbered(sql)
+    lines = [line for line in numbered.splitlines() if line.strip()]
+    if ";" not in numbered:
+        return [line for line in lines if not line.lstrip().startswith("--")]
+    text = numbered.encode()
+    found = []
+    for statement in _all_parsed(numbered):
+        start = statement.get("stmt_location", 0)
+        length = statement.get("stmt_len", 0) or len(text) - start
+        found.append(text[start : start + length].decode().strip())
+    return found
 
 
 # Text to tree
@@ -108,6 +170,14 @@ def _numbered(sql: str) -> tuple[str, dict[int, str]]:
 
 
 def _parsed(numbered: str, sql: str) -> Node:
+    statements = _all_parsed(numbered)
+    if len(statements) != 1:
+        raise PlanError(f"one statement is described at a time, {sql[:60]!r} has {len(statements)}")
+    root: Node = statements[0]["stmt"]
+    return root
+
+
+def _all_parsed(numbered: str) -> list[Node]:
     try:
         import pgparse
     except ImportError:
@@ -115,21 +185,11 @@ def _parsed(numbered: str, sql: str) -> Node:
             "SQL text is parsed by pgparse, which is not installed; install sqlroute[parse]"
         ) from None
     try:
-        statements = pgparse.parse(numbered)
+        found: list[Node] = pgparse.parse(numbered)
     except pgparse.PGQueryError as exc:
         message = exc.args[0] if exc.args else str(exc)
         raise PlanError(f"the SQL text cannot be parsed: {message}") from None
-    if len(statements) != 1:
-        raise PlanError(f"one statement is described at a time, {sql[:60]!r} has {len(statements)}")
-    root: Node = statements[0]["stmt"]
-    return root
-
-
-def _check_names(parameters: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    unknown = sorted(set(parameters) - set(names.values()))
-    if unknown:
-        known = ", ".join(dict.fromkeys(names.values())) or "none"
-        raise UnknownName(f"the SQL text has no parameter {unknown[0]!r}; it has: {known}")
+    return found
 
 
 # What the whole tree says of reading and writing
@@ -147,14 +207,32 @@ def _verdict(facts: TextFacts, judged: Judgement) -> tuple[Kind, tuple[str, ...]
 
 
 def _described(
-    sql: str, root: Node, tree: Tree, topology: Topology, functions: Functions
+    sql: str, numbered: str, tree: Tree, topology: Topology, functions: Functions
 ) -> TextStatement:
+    root = _parsed(numbered, sql)
     facts = tree_facts(root)
+    found = _statement(root, facts, tree, topology, functions)
+    judged = judge(facts.calls, found.keyspace.name, functions)
+    found = replace(
+        found,
+        is_text=True,
+        sets=sets_something(sql),
+        calls=bool(facts.calls),
+        calls_foreign=judged.opaque is not None,
+        undecided=judged.undecided and found.kind is Kind.UNKNOWN,
+    )
+    more = tuple(clauses(root["SelectStmt"])) if "SelectStmt" in root else ()
+    return TextStatement(sql, found, tree.constants, frozenset(tree.names.values()), more)
+
+
+def _statement(
+    root: Node, facts: TextFacts, tree: Tree, topology: Topology, functions: Functions
+) -> Statement:
     (name, body), *_ = root.items()
     if name not in ("SelectStmt", "InsertStmt", "UpdateStmt", "DeleteStmt"):
         keyspace = _keyspace(tree, topology)
         kind, reasons = _verdict(facts, judge(facts.calls, keyspace.name, functions))
-        return TextStatement(sql, _unplaced(kind, reasons, tree, keyspace), {})
+        return _unplaced(kind, reasons, tree, keyspace)
     target = tree.table(tree.info(body["relation"])) if "relation" in body else None
     core = tree.query(body) if target is None else tree.written(body)
     unfollowed = _unfollowed(root, tree)
@@ -168,7 +246,7 @@ def _described(
             kind, reasons = Kind.UNKNOWN, ()
         reasons = (*reasons, *(f"{info.name} is {info.why}" for info in unknown))
     if unknown or any(name == "intoClause" for name, _ in nodes(root)):
-        return TextStatement(sql, _unplaced(kind, reasons, tree, keyspace), {})
+        return _unplaced(kind, reasons, tree, keyspace)
     found = _with_unfollowed(describe(core, topology), unfollowed, tree)
     reasons = (*reasons, *_assumptions(found, tree))
     found = replace(found, kind=kind, reasons=reasons, target=target)
@@ -176,13 +254,22 @@ def _described(
         # what the tree holds opaque is proved harmless here, so nothing ties it to a shard
         found = replace(found, placement=Placement.ANYWHERE)
     found = with_opaque(found, judged.opaque)
-    rows = None
+    if tree.outside:
+        why = f"{tree.outside[0]} in it may aggregate the rows of the query around it"
+        found = replace(found, hindrance=found.hindrance or ("subquery", why))
+    if name == "SelectStmt" and found.hindrance is None:
+        found = replace(found, hindrance=_hindrance(body))
     if name == "InsertStmt":
-        found = replace(found, insert=target, occurrences=())  # its rows carry the keys
-        if found.keyspace.is_sharded:
-            rows = _rows(body, unfollowed, tree)
-    _check_values(found, tree)
-    return TextStatement(sql, found, tree.values, rows)
+        rows = _rows(body, unfollowed, tree) if found.keyspace.is_sharded else None
+        found = replace(found, insert=target, occurrences=(), row_keys=rows)
+    return found
+
+
+def _hindrance(body: Node) -> tuple[str, str] | None:
+    clause = why_not_row_by_row(body)
+    if clause is None:
+        return None
+    return clause, "SQL text is sent as it is, so rows of several shards are not merged by it"
 
 
 def _keyspace(tree: Tree, topology: Topology) -> Keyspace:
@@ -261,35 +348,17 @@ def _check_target(target: Table | None, tree: Tree) -> None:
 def _assumptions(found: Statement, tree: Tree) -> tuple[str, ...]:
     if not found.keyspace.is_sharded:
         return ()
-    names = [info.name for info in tree.used.values() if info.role is Role.REFERENCE]
+    taken = (i for i in tree.used.values() if i.role is Role.REFERENCE and not i.is_declared)
+    names = [info.name for info in taken]
     if not names:
         return ()
     return (f"ordinary tables are taken for reference tables: {', '.join(names)}",)
 
 
-def _check_values(found: Statement, tree: Tree) -> None:
-    """See that each parameter that decides about shards has a value.
-
-    Raises:
-        UnknownName: one has none.
-    """
-    for occurrence in found.occurrences:
-        for union in occurrence.recipe.unions:
-            for bind in (bind for product in union for bind in product.columns):
-                if bind.key in tree.missing:
-                    raise _without_value(tree.missing[bind.key])
-
-
-def _without_value(name: str) -> UnknownName:
-    return UnknownName(
-        f"parameter {name!r} is compared with a key and has no value; give it by --param {name}=..."
-    )
-
-
 def _rows(
     body: Node, unfollowed: list[TableInfo], tree: Tree
-) -> tuple[Mapping[str, Any], ...] | None:
-    """Return the keys of the rows of an INSERT, ``None`` if its table is not sharded.
+) -> tuple[Mapping[str, Bind], ...] | None:
+    """Return where the keys of the rows of an INSERT are, ``None`` if its table is not sharded.
 
     Raises:
         MissingShardKey: the text does not say a key.
@@ -309,32 +378,23 @@ def _rows(
             f"rows for {info.name} come from no VALUES: their keys ({', '.join(info.key)}) "
             "are not known before it runs; read the rows first and insert them"
         )
-    columns = [item["ResTarget"]["name"] for item in body.get("cols", [])] or [*info.columns]
+    columns = _columns(body, info)
     return tuple(_row(info, columns, row["List"]["items"], tree) for row in lists)
 
 
-def _row(info: TableInfo, columns: list[str], items: list[Node], tree: Tree) -> Mapping[str, Any]:
+def _columns(body: Node, info: TableInfo) -> list[str]:
+    return [item["ResTarget"]["name"] for item in body.get("cols", [])] or [*info.columns]
+
+
+def _row(info: TableInfo, columns: list[str], items: list[Node], tree: Tree) -> Mapping[str, Bind]:
     given = dict(zip(columns, items, strict=False))
-    row: dict[str, Any] = {}
+    row: dict[str, Bind] = {}
     for name, kind in zip(info.key, info.kinds, strict=True):
-        row[name] = _key(given[name], kind, tree) if name in given else None
-        if row[name] is None:
+        bind = tree.bind(given[name], kind) if name in given else None
+        if bind is None or bind.expanding:
             raise MissingShardKey(
                 f"a row of {info.name} needs its shard key ({', '.join(info.key)}) as a "
                 "constant or a parameter; the server cannot make it"
             )
+        row[name] = Bind(bind.key, False, bind.type)
     return row
-
-
-def _key(node: Node, kind: KeyKind, tree: Tree) -> Any:
-    """Return the value of a key in VALUES, ``None`` where only the server knows it."""
-    number, value = constant(node, kind) or (None, None)
-    if number is not None:
-        name = tree.names[number]
-        if name not in tree.parameters:
-            raise _without_value(name)
-        value = tree.parameters[name]
-    try:
-        return read(value, kind)
-    except ValueError:
-        return None

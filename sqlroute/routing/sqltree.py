@@ -8,7 +8,7 @@ query could mean another one by it. Nothing made here is ever run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeAlias
@@ -28,15 +28,24 @@ from sqlalchemy.sql import (
     union_all,
 )
 from sqlalchemy.sql import operators as ops
-from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnElement
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    ClauseList,
+    ColumnElement,
+    Tuple,
+)
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.schema import Column, MetaData, Table
 from sqlalchemy.sql.selectable import CompoundSelect, Join, Select
+from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.sql.visitors import InternalTraversal
 
 from sqlroute.errors import UnknownName
-from sqlroute.routing.declare import reference_table, sharded_by
+from sqlroute.routing.declare import kind_of, reference_table, sharded_by
 from sqlroute.routing.hashing import KeyKind
-from sqlroute.routing.sqlvalues import Node, array, constant, read, type_of
+from sqlroute.routing.sqlclauses import aggregates_outside, why_not_row_by_row
+from sqlroute.routing.sqlvalues import Node, ReadAs, array, constant, read, type_of
 
 
 class Role(Enum):
@@ -57,6 +66,8 @@ class TableInfo:
         key: the shard key of a sharded table.
         keyspace: name of the keyspace it was found in.
         why: for a table of unknown role, what it is.
+        is_declared: SQLAlchemy's declaration says so, not what a catalog looks like.
+        is_complete: it has no other columns in the database.
     """
 
     name: str
@@ -65,11 +76,25 @@ class TableInfo:
     key: tuple[str, ...] = ()
     keyspace: str | None = None
     why: str = ""
+    is_declared: bool = False
+    is_complete: bool = True
 
     @property
     def kinds(self) -> tuple[KeyKind, ...]:
         """How each column of the key is hashed."""
         return tuple(kind for name in self.key if (kind := self.columns[name]) is not None)
+
+
+class UnknownTable(UnknownName):
+    """SQL text names a table that is neither declared nor in a catalog.
+
+    Attributes:
+        table: its name in the text.
+    """
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
 
 
 Tables: TypeAlias = Mapping[str, TableInfo]
@@ -97,6 +122,12 @@ class _Opaque(ColumnElement[Any]):
         self.type = types.NULLTYPE
 
 
+class _Merging(FunctionElement[Any]):
+    """Stands for what makes one row of several: a function that nothing is known of."""
+
+    inherit_cache = False
+
+
 @compiles(_Opaque)  # asking a SELECT for its FROM compiles it
 def _rendered(*_: Any, **__: Any) -> str:
     return "?"
@@ -108,13 +139,15 @@ class _Source:
 
     Attributes:
         columns: those that may be resolved to it, with their kind.
-        names: of all its columns, ``None`` when they are not known.
+        names: of its columns, ``None`` when they are not known.
+        is_open: it may have others.
     """
 
     alias: str
     element: Any
     columns: Mapping[str, tuple[Any, KeyKind]]
     names: frozenset[str] | None
+    is_open: bool = False
 
 
 @dataclass(slots=True)
@@ -137,6 +170,20 @@ class _Scope:
     items: tuple[_From, ...] = ()
     outer: _Scope | None = None
     ctes: Mapping[str, _Cte | None] = field(default_factory=dict)
+
+    def has(self, path: list[str]) -> bool:
+        """Say whether a reference certainly means a column of this block."""
+        sources = [source for item in self.items for source in item.sources]
+        if len(path) == 1:
+            return any(path[0] in source.names for source in sources if source.names is not None)
+        return any(path[0] == source.alias for source in sources)
+
+    def around(self) -> Iterator[Any]:
+        """Yield what stands in FROM of the blocks around this one."""
+        scope = self.outer
+        while scope is not None:
+            yield from (source.element for item in scope.items for source in item.sources)
+            scope = scope.outer
 
     def column(self, path: list[str]) -> Resolved | None:
         """Return the column that a reference means, ``None`` when that is not certain."""
@@ -184,6 +231,8 @@ def _unqualified(path: list[str], scope: _Scope) -> tuple[bool, Resolved | None]
                 is_open = True
             elif name in source.names:
                 holders.append(source.columns.get(name))
+            else:
+                is_open |= source.is_open
     if len(holders) == 1:
         return True, holders[0]
     return bool(holders) or is_open, None
@@ -195,19 +244,22 @@ class Tree:
 
     Attributes:
         names: of the parameters, by their number.
-        values: of what is compared with columns, by the keys of bind parameters made for it.
-        missing: the parameter behind each such key that has no value.
+        types: that the parameters have before SQL sees them, if any, by name.
+        expanding: names of the parameters that are rendered as a list in parentheses.
+        constants: values that are compared with columns, by the bind parameters made for them.
         used: the tables met so far, by name.
         followed: identities of the nodes of tables that were rebuilt.
+        outside: aggregates in subqueries that may be those of the query around.
     """
 
     tables: Tables
     names: Mapping[int, str]
-    parameters: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    types: Mapping[str, TypeEngine[Any]] = field(default_factory=dict)
+    expanding: Collection[str] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
     used: dict[str, TableInfo] = field(default_factory=dict)
     followed: set[int] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
     _made: dict[str, Table] = field(default_factory=dict)
 
     def query(self, body: Node) -> Any:
@@ -229,7 +281,7 @@ class Tree:
         """Return what a name in FROM is.
 
         Raises:
-            UnknownName: no such table.
+            UnknownTable: no such table.
         """
         schema, name = node.get("schemaname"), node["relname"]
         shown = f"{schema}.{name}" if schema else name
@@ -242,7 +294,9 @@ class Tree:
             )
         if found is None:
             known = sorted({i.name for i in self.tables.values() if i.role is not Role.UNKNOWN})
-            raise UnknownName(f"unknown table {shown!r}; known: {', '.join(known) or 'none'}")
+            raise UnknownTable(
+                f"unknown table {shown!r}; known: {', '.join(known) or 'none'}", shown
+            )
         self.used.setdefault(found.name, found)
         return found
 
@@ -268,7 +322,8 @@ class Tree:
         names: frozenset[str] | None = frozenset(info.columns)
         if "colnames" in alias:
             columns, names = {}, None
-        source = _Source(alias.get("aliasname", node["relname"]), element, columns, names)
+        name = alias.get("aliasname", node["relname"])
+        source = _Source(name, element, columns, names, is_open=not info.is_complete)
         return _From(element, [source])
 
     # FROM
@@ -394,8 +449,7 @@ class Tree:
         columns: list[Any] = []
         kinds: dict[str, KeyKind] = {}
         names: set[str] | None = set()
-        for target in body.get("targetList", []):
-            value = target["ResTarget"]
+        for value in _outputs(body, inner):
             found = _output(value, inner)
             if found is None or found[0] in kinds:
                 names = None
@@ -410,6 +464,8 @@ class Tree:
             if names is not None:
                 names.add(name)
         known = frozenset(names) if names is not None else None
+        if inner.outer is not None:
+            self.outside += aggregates_outside(body, inner.has)
         rest = [
             body.get(clause)
             for clause in (
@@ -418,7 +474,9 @@ class Tree:
             )
         ]
         plain = [column for column in columns if not isinstance(column, _Opaque)]
-        opaque = [column for column in columns if isinstance(column, _Opaque)]
+        opaque: list[Any] = [column for column in columns if isinstance(column, _Opaque)]
+        if why_not_row_by_row(body) is not None:
+            opaque.append(_Merging())
         kept = {name: kind for name, kind in kinds.items() if any(c.key == name for c in plain)}
         block = self._block(inner, body.get("whereClause"), plain, rest, opaque)
         return block, known, kept
@@ -435,6 +493,8 @@ class Tree:
         found: Select[Any] = select(*columns, _Opaque(parts).label("sqlroute_rest"))
         for item in scope.items:
             found = found.select_from(item.element)
+        if around := list(scope.around()):  # a SELECT without FROM would be no query otherwise
+            found = found.correlate(*around)
         return found if where is None else found.where(self._condition(where, scope))
 
     def _compound(self, body: Node, scope: _Scope) -> CompoundSelect[Any]:
@@ -455,27 +515,65 @@ class Tree:
         if name == "BoolExpr" and value["boolop"] in ("AND_EXPR", "OR_EXPR"):
             join = and_ if value["boolop"] == "AND_EXPR" else or_
             return join(*(self._condition(arm, scope) for arm in value["args"]))
-        if name == "A_Expr" and _is_equality(value):
+        found = None
+        if name == "A_Expr":
             found = self._comparison(value, scope)
-            if found is not None:
-                return found
-        return _Opaque(self._parts(node, scope))
+        elif name == "SubLink" and value["subLinkType"] == "ANY_SUBLINK":
+            found = self._membership(value, scope)
+        return _Opaque(self._parts(node, scope)) if found is None else found
 
     def _comparison(self, value: Node, scope: _Scope) -> Any | None:
         left, right = value.get("lexpr", {}), value.get("rexpr", {})
-        kind = value["kind"]
+        kind, items = value["kind"], right.get("List", {}).get("items", [])
+        if kind == "AEXPR_BETWEEN":
+            low = self._bounded(left, items[0], ops.ge, scope)
+            high = self._bounded(left, items[1], ops.le, scope)
+            return None if low is None or high is None else and_(low, high)
+        operator = _operator(value)
+        if kind == "AEXPR_OP" and operator in _MIRRORED:
+            found = self._bounded(left, right, operator, scope)
+            if found is None:
+                found = self._bounded(right, left, _MIRRORED[operator], scope)
+            return found
+        if operator is not ops.eq:
+            return None
+        if kind == "AEXPR_NOT_DISTINCT":
+            return self._bounded(left, right, ops.is_not_distinct_from, scope)
+        if kind == "AEXPR_OP":
+            return self._equal(left, right, scope)
+        if kind == "AEXPR_IN" and "RowExpr" in left:
+            pairs = [self._equal(left, item, scope) for item in items]
+            known = [pair for pair in pairs if pair is not None]
+            return or_(*known) if known and len(known) == len(items) else None
         if kind == "AEXPR_IN":
-            items = right.get("List", {}).get("items", [])
-            if "RowExpr" in left:
-                pairs = [self._equal(left, item, scope) for item in items]
-                known = [pair for pair in pairs if pair is not None]
-                return or_(*known) if known and len(known) == len(items) else None
             return self._one_of(left, items, scope)
-        if kind == "AEXPR_OP_ANY":
-            if "A_ArrayExpr" in right:
-                return self._one_of(left, right["A_ArrayExpr"].get("elements", []), scope)
-            return self._one_of(left, None, scope, array=right)
-        return self._equal(left, right, scope)
+        if kind == "AEXPR_OP_ANY" and "A_ArrayExpr" in right:
+            return self._one_of(left, right["A_ArrayExpr"].get("elements", []), scope)
+        return self._any_of(left, right, scope) if kind == "AEXPR_OP_ANY" else None
+
+    def _bounded(self, left: Node, right: Node, operator: Any, scope: _Scope) -> Any | None:
+        column = _column(left, scope)
+        bind = None if column is None else self.bind(right, column[1])
+        return (
+            None if column is None or bind is None else BinaryExpression(column[0], bind, operator)
+        )
+
+    def _membership(self, value: Node, scope: _Scope) -> Any | None:
+        """Return ``column IN (SELECT column ...)``, ``None`` where the columns are not certain."""
+        body = value["subselect"]["SelectStmt"]
+        test = value["testexpr"]
+        tests = test["RowExpr"].get("args", []) if "RowExpr" in test else [test]
+        columns = [_column(node, scope) for node in tests]
+        known = [column[0] for column in columns if column is not None]
+        is_equal = "operName" not in value or _name(value["operName"]) == "="
+        if not is_equal or len(known) < len(tests) or why_not_row_by_row(body) is not None:
+            return None
+        inner = self._select(body, scope)
+        is_star = any(_is_star(target["ResTarget"]) for target in body.get("targetList", []))
+        if is_star or len(inner._raw_columns) != len(tests) + 1:
+            return None  # of some column only the rest that stands behind the others is known
+        left = Tuple(*known) if len(known) > 1 else known[0]
+        return BinaryExpression(left, inner.scalar_subquery(), ops.in_op)
 
     def _equal(self, left: Node, right: Node, scope: _Scope) -> Any | None:
         if "RowExpr" in left and "RowExpr" in right:
@@ -492,74 +590,53 @@ class Tree:
         column, constant = (one, right) if one is not None else (other, left)
         if column is None:
             return None
-        bind = self._bind(constant, column[1])
+        bind = self.bind(constant, column[1])
         return None if bind is None else BinaryExpression(column[0], bind, ops.eq)
 
-    def _one_of(
-        self, left: Node, items: list[Node] | None, scope: _Scope, array: Node | None = None
-    ) -> Any | None:
+    def _any_of(self, left: Node, array: Node, scope: _Scope) -> Any | None:
+        column = _column(left, scope)
+        bind = None if column is None else self.bind(array, column[1], many=True)
+        return (
+            None if column is None or bind is None else BinaryExpression(column[0], bind, ops.in_op)
+        )
+
+    def _one_of(self, left: Node, items: list[Node], scope: _Scope) -> Any | None:
         column = _column(left, scope)
         if column is None:
             return None
-        if array is not None:
-            bind = self._bind(array, column[1], many=True)
-        else:
-            bind = self._list(items or [], column[1])
-        return None if bind is None else BinaryExpression(column[0], bind, ops.in_op)
+        binds = [self.bind(item, column[1]) for item in items]
+        known = [bind for bind in binds if bind is not None]
+        if len(known) < len(binds):
+            return None
+        if len(known) == 1 and known[0].expanding:
+            return BinaryExpression(column[0], known[0], ops.in_op)
+        listed: Any = ClauseList(*known, group=False)
+        return BinaryExpression(column[0], listed, ops.in_op)
 
-    def _list(self, items: list[Node], kind: KeyKind) -> Any | None:
-        """Return one parameter for a list of constants and parameters."""
-        values: list[Any] = []
-        missing: str | None = None
-        for item in items:
-            found = constant(item, kind)
-            if found is None:
-                return None
-            number, value = found
-            name = self.names[number] if number is not None else None
-            if name is not None and name not in self.parameters:
-                missing = name
-                continue
-            try:
-                values.append(read(self.parameters[name] if name else value, kind))
-            except ValueError:
-                return None
-        return self._parameter(kind, values, many=True, missing=missing)
-
-    def _bind(self, node: Node, kind: KeyKind, *, many: bool = False) -> Any | None:
+    def bind(self, node: Node, kind: KeyKind, *, many: bool = False) -> BindParameter[Any] | None:
+        """Return the parameter of a constant or a parameter, ``None`` for anything else."""
         found = constant(node, kind, many=many)
         if found is None:
             return None
         number, value = found
         if number is None:
-            name = None
-        else:
-            name = self.names[number]
-            if name not in self.parameters:
-                return self._parameter(kind, None, many=many, missing=name)
-            value = self.parameters[name]
+            return self._constant(value, kind, many=many)
+        name = self.names[number]
+        own = self.types.get(name, types.NULLTYPE)
+        if many and isinstance(own, types.ARRAY):
+            own = own.item_type
+        if not isinstance(own, types.NullType) and kind_of(own) is not kind:
+            return None  # it is compared as another type: by other rules, with another hash
+        is_list = many or name in self.expanding
+        return BindParameter(name, None, type_=ReadAs(kind, own), expanding=is_list, required=False)
+
+    def _constant(self, value: Any, kind: KeyKind, *, many: bool) -> BindParameter[Any] | None:
         try:
-            read_value = [read(item, kind) for item in array(value)] if many else read(value, kind)
+            value = [read(item, kind) for item in array(value)] if many else read(value, kind)
         except ValueError:
             return None
-        return self._parameter(kind, read_value, many=many, name=name)
-
-    def _parameter(
-        self,
-        kind: KeyKind,
-        value: Any,
-        *,
-        many: bool = False,
-        name: str | None = None,
-        missing: str | None = None,
-    ) -> Any:
-        key = name or missing or f"constant {len(self.values) + 1}"
-        if self.values.get(key, value) != value or key in self.missing:
-            key = f"{key} as {kind.value} {len(self.values) + 1}"
-        if missing is None:
-            self.values[key] = value
-        else:
-            self.missing[key] = missing
+        key = f"constant {len(self.constants) + 1}"
+        self.constants[key] = value
         return BindParameter(key, value, type_=type_of(kind), expanding=many, required=False)
 
     def _parts(self, tree: Any, scope: _Scope) -> list[Any]:
@@ -585,6 +662,39 @@ def _column(node: Node, scope: _Scope) -> Resolved | None:
     return scope.column(path)
 
 
+def _outputs(body: Node, scope: _Scope) -> Iterator[Node]:
+    """Yield the items of the select list, for ``*`` the columns that it means if known."""
+    for target in body.get("targetList", []):
+        value = target["ResTarget"]
+        expanded = _expanded(value, scope) if _is_star(value) else None
+        if expanded is None:
+            yield value
+            continue
+        for path in expanded:
+            fields = [{"String": {"sval": part}} for part in path]
+            yield {"val": {"ColumnRef": {"fields": fields}}}
+
+
+def _is_star(value: Node) -> bool:
+    fields = value["val"].get("ColumnRef", {}).get("fields", [])
+    return bool(fields) and "A_Star" in fields[-1]
+
+
+def _expanded(value: Node, scope: _Scope) -> list[tuple[str, str]] | None:
+    """Return the columns of ``*`` or ``alias.*``, in no order; ``None`` if not certain."""
+    *owner, _ = value["val"]["ColumnRef"]["fields"]
+    alias = owner[0].get("String", {}).get("sval") if owner else None
+    sources = [source for item in scope.items for source in item.sources]
+    aliases = [source.alias for source in sources]
+    is_merged = not owner and any(item.merged for item in scope.items)
+    if len(owner) > 1 or is_merged or "" in aliases or len(set(aliases)) < len(aliases):
+        return None
+    chosen = [source for source in sources if alias in (None, source.alias)]
+    if any(source.names is None or source.is_open for source in chosen):
+        return None
+    return [(source.alias, name) for source in chosen for name in source.names or ()]
+
+
 def _output(value: Node, scope: _Scope) -> tuple[str, Resolved | None] | None:
     """Return name and column of an item of the select list; ``None`` for ``*`` and the nameless."""
     node = value["val"]
@@ -599,9 +709,15 @@ def _output(value: Node, scope: _Scope) -> tuple[str, Resolved | None] | None:
     return None
 
 
-def _is_equality(value: Node) -> bool:
-    name = [part.get("String", {}).get("sval") for part in value.get("name", [])]
-    return value["kind"] in ("AEXPR_OP", "AEXPR_IN", "AEXPR_OP_ANY") and name in (
-        ["="],
-        ["pg_catalog", "="],
-    )
+_OPERATORS = {"=": ops.eq, ">=": ops.ge, ">": ops.gt, "<=": ops.le, "<": ops.lt}
+_MIRRORED = {ops.ge: ops.le, ops.gt: ops.lt, ops.le: ops.ge, ops.lt: ops.gt}
+
+
+def _operator(value: Node) -> Any | None:
+    return _OPERATORS.get(_name(value["name"]))
+
+
+def _name(parts: list[Node]) -> str:
+    """Return the name of PostgreSQL's own operator, an empty text for any other."""
+    *schema, name = [part.get("String", {}).get("sval", "") for part in parts]
+    return name if schema in ([], ["pg_catalog"]) else ""

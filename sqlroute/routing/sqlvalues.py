@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import types
 from sqlalchemy.sql.type_api import TypeEngine
 
 from sqlroute.routing.hashing import KeyKind
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import Dialect
 
 Node: TypeAlias = Mapping[str, Any]
 """A node of the parse tree, or the value of one: ``{"ColumnRef": {"fields": [...]}}``."""
@@ -96,3 +99,34 @@ def type_of(kind: KeyKind | None) -> TypeEngine[Any]:
     if kind is KeyKind.TEXT:
         return types.Text()
     return types.Uuid() if kind is KeyKind.UUID else types.NULLTYPE
+
+
+class ReadAs(types.TypeDecorator[Any]):
+    """The type of a parameter in SQL text: its own, then read as a column of a kind reads it."""
+
+    impl = types.Text
+    cache_ok = True
+
+    def __init__(self, kind: KeyKind, own: TypeEngine[Any] = types.NULLTYPE) -> None:
+        super().__init__()
+        self.kind = kind
+        self.own = own
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return type_of(self.kind).dialect_impl(dialect)
+
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:
+        sent = self.own.dialect_impl(dialect).bind_processor(dialect)
+
+        def process(value: Any) -> Any:
+            value = value if sent is None else sent(value)
+            try:
+                return read(value, self.kind)
+            except ValueError:
+                raise Unreadable(value) from None
+
+        return process
+
+
+class Unreadable(KeyError):
+    """A value of which it is not certain how PostgreSQL would read it."""

@@ -9,7 +9,7 @@ same shape (see :class:`sqlroute.routing.planner.Planner`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -41,7 +41,7 @@ from sqlroute.errors import CrossShardRefused, UndeclaredTable
 from sqlroute.routing.blocks import Occurrence, extra_froms, occurrences
 from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
 from sqlroute.routing.functions import BUILT_IN, SEQUENCES, FunctionName, Functions, judge
-from sqlroute.routing.keys import reference_dialect
+from sqlroute.routing.keys import Bind, reference_dialect
 from sqlroute.routing.sqlfacts import (
     TextFacts,
     fragment_facts,
@@ -83,6 +83,7 @@ class Statement:
         tables: names of its tables, sharded ones first.
         occurrences: each use of a sharded table, with its key recipe and colocation group.
         hindrance: why it can never be scattered, as (clause, why), or ``None``.
+        required: indexes of the occurrences without whose rows it gives no row at all.
         insert: the table of an INSERT, whose rows carry the keys.
         target: the table that a DML statement writes.
         sets: it is a ``SET``, ``RESET`` or ``set_config`` sent by hand, which reaches one
@@ -92,6 +93,8 @@ class Statement:
         calls_foreign: on what a function does that is not PostgreSQL's own: a stable one may call
             a volatile one.
         undecided: one of them no list and no catalog knows; a catalog read now might.
+        row_keys: of an INSERT given as text, where the keys of its rows are.
+        untold: names of tables in text that nobody knows; a catalog read now might.
     """
 
     kind: Kind
@@ -108,6 +111,9 @@ class Statement:
     calls: bool = False
     calls_foreign: bool = False
     undecided: bool = False
+    row_keys: tuple[Mapping[str, Bind], ...] | None = None
+    untold: tuple[str, ...] = ()
+    required: tuple[int, ...] = ()
 
     @property
     def key(self) -> ShardKey | None:
@@ -197,6 +203,7 @@ def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
         found.hindrance,
         insert,
         target,
+        required=found.required,
     )
 
 
@@ -265,6 +272,18 @@ def _as_rendered(statement: Any) -> Any:
 def _reads_in_bounds(statement: Any) -> bool:
     bounds = (statement._limit_clause, statement._offset_clause)
     return not all(bound is None or isinstance(bound, BindParameter) for bound in bounds)
+
+
+def text_of(statement: Any) -> TextClause | None:
+    """Return the ``text()`` that a statement is, ``None`` for one that is made of more."""
+    core = statement
+    while isinstance(core, TextualSelect) or _visit_name(core) == "orm_from_statement":
+        core = core.element
+    return core if isinstance(core, TextClause) else None
+
+
+def _visit_name(element: Any) -> str | None:
+    return getattr(element, "__visit_name__", None)
 
 
 def _compiler() -> Any:

@@ -185,6 +185,22 @@ STATEMENTS: dict[str, Any] = {
     "text": sa.text("CALL work()"),
     "text_read": sa.text("SELECT name FROM customer WHERE id = :id"),
     "text_of_no_table": sa.text("SELECT 1"),
+    "text_of_a_constant": sa.text("SELECT name FROM customer WHERE id = 5"),
+    "text_of_ids": sa.text("SELECT name FROM customer WHERE id IN :ids").bindparams(
+        sa.bindparam("ids", expanding=True)
+    ),
+    "text_of_a_typed_parameter": sa.text("SELECT * FROM customer WHERE id = :id").bindparams(
+        sa.bindparam("id", type_=sa.Float)
+    ),
+    "entities_of_text": sa.select(Customer).from_statement(
+        sa.text("SELECT * FROM customer WHERE id = :id")
+    ),
+    "text_of_a_reference_table": sa.text("SELECT * FROM country"),
+    "text_in_an_order": sa.text("SELECT * FROM customer ORDER BY name"),
+    "text_of_an_unknown_table": sa.text("SELECT * FROM nowhere"),
+    "text_update": sa.text("UPDATE customer SET name = 'x' WHERE id = :id"),
+    "text_update_of_a_reference_table": sa.text("UPDATE country SET name = 'x'"),
+    "text_insert": sa.text("INSERT INTO customer (name, id) VALUES (:name, :id)"),
     "text_in_order": sa.select(Customer.id).order_by(sa.text("audit(name)")),
     "plain": sa.select(Plain),
     "logs": sa.select(Log),

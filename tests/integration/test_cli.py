@@ -353,7 +353,7 @@ def test_explain_names_a_wrong_wish(run: Run, options: tuple[str, ...], words: s
         ("SELECT 1; SELECT 2", 1, "one statement"),
         ("SELECT * FROM nope", 2, "unknown table 'nope'"),
         ("SELECT * FROM cli_orders WHERE customer = :c", 2, "'c' is compared with a key"),
-        ("SELECT count(*) FROM cli_orders", 1, "text(): SQL text runs on one shard only for now"),
+        ("SELECT count(*) FROM cli_orders", 1, "count(): SQL text is sent as it is"),
         ("DELETE FROM cli_orders", 1, "without its shard key (customer)"),
         ("INSERT INTO cli_kinds VALUES (1)", 1, "written on every shard"),
         ("SELECT * FROM cli_orders_b000", 1, "is a partition"),

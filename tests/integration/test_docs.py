@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         ("docs/failover.md", 1),
         ("docs/how-to/coordinator.md", 2),
         ("docs/explanation/exactness.md", 2),
+        ("docs/reference/keys.md", 2),
     ],
 )
 def test_examples_run(

@@ -125,7 +125,10 @@ def planned(
         and isinstance(declaration(target), Sharded)
         and of.demand.shard is None
     ):
-        _, keys = keyed_rows(described.statement, parameters)
+        if described.shape.statement.row_keys is not None:
+            keys: list[Any] = described.rows()
+        else:
+            _, keys = keyed_rows(described.statement, parameters)
         return plan_rows(described, keys, of, rng)
     found = plan(described, of, rng)
     if found.tier.value == "scatter":

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from planning import EVERY, shards
+from planning import EVERY, FOUR, planned, shards
 from sqlalchemy import orm
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import CITEXT
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Mapped, aliased, mapped_column, relationship
 
 from sqlroute.errors import CrossShardRefused, MissingShardKey
 from sqlroute.routing.declare import reference_table, sharded_by
+from sqlroute.routing.plan import Tier
 
 metadata = sa.MetaData()
 orders = sa.Table(
@@ -72,13 +74,202 @@ def refused(statement: Any, parameters: Any = None) -> str:
     return caught.value.clause
 
 
+class TestConditions:
+    """What may be said of a key besides that it equals a parameter."""
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            key.in_([sa.literal(5), sa.bindparam("five", 5)]),
+            key == sa.any_(postgresql.array([5, 5])),
+            key == sa.any_(sa.literal([5], sa.ARRAY(sa.Integer))),
+            key.is_not_distinct_from(5),
+            key.between(5, 5),
+            sa.and_(key > 4, sa.literal(6) > key),
+            sa.and_(orders.c.total > 4, key >= 5, key <= 5),
+            sa.tuple_(key, orders.c.total).in_([(5, 1), (5, 2)]),
+            sa.tuple_(orders.c.total, key).in_([sa.tuple_(1, 5)]),
+            sa.cast(key, sa.BigInteger) == 5,
+            key == sa.cast(5, sa.BigInteger),
+            sa.type_coerce(key, sa.BigInteger) == 5,
+        ],
+    )
+    def test_five_is_one_shard(self, condition: Any) -> None:
+        assert shards(sa.select(orders).where(condition)) == FIVE
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            key.in_([sa.literal(5), orders.c.total]),
+            key == sa.all_(sa.literal([5], sa.ARRAY(sa.Integer))),
+            key.is_distinct_from(5),
+            key.is_not_distinct_from(None),
+            key.between(5, 5, symmetric=True),
+            ~key.between(5, 5),
+            key.between(5, 5000),
+            key >= 5,
+            sa.or_(key >= 5, key <= 5),
+            sa.tuple_(key, orders.c.total) > sa.tuple_(5, 1),
+            sa.tuple_(key, orders.c.total).not_in([(5, 1)]),
+            sa.cast(key, sa.SmallInteger) == 5,
+            sa.cast(key, sa.Text).between("5", "5"),
+        ],
+    )
+    def test_what_proves_nothing_is_every_shard(self, condition: Any) -> None:
+        assert shards(sa.select(orders).where(condition)) == EVERY
+
+    def test_list_that_is_used_twice_is_not_split(self) -> None:
+        """What it is compared with elsewhere may be anywhere."""
+        ids = sa.bindparam("ids", expanding=True)
+        once = sa.select(orders.c.id).where(key.in_(ids))
+        values = {"ids": [1, 2, 3, 4, 5, 6]}
+
+        assert len(planned(once, values, of=FOUR).lists) > 1
+        assert planned(once.where(orders.c.total.in_(ids)), values, of=FOUR).lists == ()
+
+    def test_list_of_a_column_that_only_equals_the_key_is_not_split(self) -> None:
+        equal = sa.select(orders.c.id).where(orders.c.total == key)
+        statement = equal.where(orders.c.total.in_([1, 2, 3, 4, 5, 6]))
+
+        assert planned(statement, of=FOUR).lists == ()
+
+
+class TestMembership:
+    """``key IN (SELECT key ...)`` of a colocated table is answered by each shard for its rows."""
+
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            sa.select(b.c.customer_id).where(b.c.total > 1),
+            sa.select(b.c.customer_id.label("x")).group_by(b.c.customer_id),
+            sa.select(b.c.customer_id).distinct(),
+        ],
+    )
+    def test_every_shard_answers(self, inner: Any) -> None:
+        assert shards(sa.select(a.c.id).where(a.c.customer_id.in_(inner))) == EVERY
+        tied = sa.select(a.c.id).where(a.c.customer_id == sa.any_(inner.scalar_subquery()))
+        assert shards(tied) == EVERY
+
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            a.c.customer_id.not_in(sa.select(b.c.customer_id)),
+            a.c.total.in_(sa.select(b.c.customer_id)),
+            a.c.customer_id.in_(sa.select(b.c.total)),
+            a.c.customer_id.in_(sa.select(b.c.customer_id).limit(3)),
+            a.c.customer_id.in_(sa.select(sa.func.max(b.c.customer_id))),
+            sa.or_(a.c.customer_id.in_(sa.select(b.c.customer_id)), a.c.total == 1),
+            a.c.customer_id == sa.all_(sa.select(b.c.customer_id).scalar_subquery()),
+        ],
+    )
+    def test_rows_of_other_shards_could_matter(self, condition: Any) -> None:
+        assert refused(sa.select(a.c.id).where(condition)) == "subquery"
+
+    def test_key_outside_restricts_inside(self) -> None:
+        inside = sa.select(b.c.customer_id)
+        statement = sa.select(a.c.id).where(a.c.customer_id.in_(inside), a.c.customer_id == 5)
+
+        assert shards(statement) == FIVE
+
+
+class TestDerived:
+    """A derived table whose rows are each of one shard is a table like any other."""
+
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            sa.select(b.c.customer_id, b.c.total),
+            sa.select(b.c.customer_id, b.c.total).distinct(),
+            sa.select(b.c.customer_id, sa.func.sum(b.c.total).label("total"))
+            .group_by(b.c.customer_id)
+            .having(sa.func.count() > 1),
+        ],
+    )
+    @pytest.mark.parametrize("form", ["subquery", "cte"])
+    def test_every_shard_has_its_rows(self, inner: Any, form: str) -> None:
+        table = getattr(inner, form)("t")
+
+        assert shards(sa.select(table.c.total)) == EVERY
+        joined = sa.select(a.c.id).join(table, table.c.customer_id == a.c.customer_id)
+        assert shards(joined) == EVERY
+
+    @pytest.mark.parametrize(
+        "inner",
+        [
+            sa.select(b.c.customer_id, b.c.total).limit(2),
+            sa.select(b.c.customer_id, b.c.total).ext(postgresql.distinct_on(b.c.total)),
+            sa.select(b.c.total).distinct(),
+            sa.select(sa.func.sum(b.c.total).label("total")),
+            sa.select(b.c.total).group_by(b.c.total),
+            sa.select(sa.func.sum(b.c.total).over(order_by=b.c.id).label("total")),
+            sa.select(sa.func.my_aggregate(b.c.total).label("total")),
+            sa.select(sa.literal_column("sum(total)").label("total")).select_from(b),
+        ],
+    )
+    def test_rows_of_several_shards_in_one_are_refused(self, inner: Any) -> None:
+        table = inner.subquery()
+
+        with pytest.raises(CrossShardRefused):
+            shards(sa.select(table.c.total))
+
+    def test_grouped_by_a_key_that_may_be_missing_is_refused(self) -> None:
+        """A LEFT JOIN without a match groups under NULL, on every shard."""
+        joined = a.outerjoin(b, a.c.customer_id == b.c.customer_id)
+        inner = sa.select(sa.func.count().label("n")).select_from(joined)
+        inner = inner.group_by(b.c.customer_id)
+
+        assert refused(sa.select(inner.subquery())) == "subquery"
+
+
+class TestNoRow:
+    """Nobody is asked where the conditions on a key leave no row, and only rows are wanted."""
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            sa.select(orders).where(sa.false()),
+            sa.select(orders).where(key == 5, key.in_([])),
+            sa.select(orders.c.id).where(key == sa.bindparam("k", None, sa.Integer)),
+            sa.select(a.c.id).join(b, a.c.id == b.c.id).where(b.c.customer_id.in_([])),
+            sa.select(sa.func.lower("X")).select_from(orders).where(key.in_([])),
+            sa.select(sa.func.max(orders.c.id)).where(key.in_([])).group_by(orders.c.total),
+        ],
+    )
+    def test_nobody_is_asked(self, statement: Any) -> None:
+        assert planned(statement, of=FOUR).tier is Tier.EMPTY
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            sa.select(sa.func.count()).select_from(orders).where(key.in_([])),
+            sa.select(sa.func.max(key)).where(sa.false()),
+            sa.select(sa.literal(1)).select_from(orders).where(key.in_([])).having(sa.true()),
+            sa.select(sa.func.max(key)).where(key.in_([])).group_by(sa.func.rollup(orders.c.total)),
+            sa.select(word.c.code).outerjoin(orders, key.in_([])),
+            sa.select(sa.select(sa.func.max(orders.c.total)).select_from(word).scalar_subquery())
+            .select_from(orders)
+            .where(key.in_([])),
+            sa.select(orders).where(key.in_([])).with_for_update(),
+        ],
+    )
+    def test_somebody_is_asked_where_there_may_be_a_row(self, statement: Any) -> None:
+        assert planned(statement, of=FOUR).targets
+
+
 class TestLateral:
     """LATERAL sees the tables beside it; what it limits or counts is not split by shard."""
 
-    def test_first_of_each_is_refused_across_shards(self) -> None:
-        first = sa.select(b).where(b.c.customer_id == a.c.customer_id).limit(1).lateral()
+    def test_first_of_each_is_on_the_shard_of_each(self) -> None:
+        """Tied by the key, whatever it does with its rows it does with rows of one shard."""
+        first = sa.select(b.c.id).where(b.c.customer_id == a.c.customer_id).limit(1).lateral()
 
-        assert refused(sa.select(a, first).join(first, sa.true())) == "subquery"
+        assert shards(sa.select(a.c.id, first.c.id).join(first, sa.true())) == EVERY
+        assert shards(sa.select(a.c.id).outerjoin(first, sa.true())) == EVERY
+
+    def test_first_of_all_is_refused_across_shards(self) -> None:
+        first = sa.select(b.c.id).where(b.c.total == a.c.total).limit(1).lateral()
+
+        assert refused(sa.select(a.c.id).join(first, sa.true())) == "subquery"
 
     def test_key_inside_does_not_restrict_outside(self) -> None:
         first = sa.select(b.c.id).where(b.c.customer_id == 5).limit(1).lateral()
@@ -207,7 +398,8 @@ class TestTypes:
         [
             sa.literal("About", CITEXT),
             sa.literal("ab ", sa.CHAR(3)),
-            sa.cast("about", sa.Text),
+            sa.cast("about", sa.CHAR(5)),
+            sa.cast("about", sa.String(4)),
             sa.func.lower("About"),
             sa.collate(sa.literal("about"), "C"),
         ],
@@ -460,7 +652,7 @@ class TestOrm:
         )
         statement = sa.select(Customer.id).join(inner, inner.c.buyer == Customer.id)
 
-        assert refused(statement.where(Customer.id == 5)) == "subquery"
+        assert shards(statement.where(Customer.id == 5)) == EVERY
 
     def test_update_by_key(self) -> None:
         assert shards(sa.update(Customer).where(Customer.id == 5).values(name="x")) == FIVE

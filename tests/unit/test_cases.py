@@ -13,6 +13,8 @@ from planning import CASES, health, planned, situation, statements
 from sqlroute import errors
 from sqlroute.routing import target
 from sqlroute.routing.affinity import Affinity
+from sqlroute.routing.known import KnownTables
+from sqlroute.routing.planner import Planner
 from sqlroute.routing.policy import Consistency, Policy, intent_named, role_named
 from sqlroute.routing.target import History, Situation
 from sqlroute.routing.token import Position, parse_lsn
@@ -40,14 +42,17 @@ def test_case(case: dict[str, Any]) -> None:
     statement = statements.STATEMENTS[case["statement"]]
     parameters = _parameters(case.get("parameters"))
     around = _situation(case)
+    tables = KnownTables().declaring(statements.Base.metadata, around.topology.default)
+    planner = Planner(around.topology, tables=tables)
     if "plan" in case:
-        assert str(planned(statement, parameters, of=around)) == case["plan"].strip()
+        found = planned(statement, parameters, of=around, planner=planner)
+        assert str(found) == case["plan"].strip()
         return
     refused = case["refused"]
     kind = getattr(errors, refused["error"], None) or getattr(target, refused["error"])
 
     with pytest.raises(kind) as caught:
-        planned(statement, parameters, of=around)
+        planned(statement, parameters, of=around, planner=planner)
 
     assert type(caught.value) is kind
     assert getattr(caught.value, "clause", None) == refused.get("clause")

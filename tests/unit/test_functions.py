@@ -25,7 +25,7 @@ from sqlroute.routing.functions import (
 )
 from sqlroute.routing.planner import Planner
 from sqlroute.routing.policy import Policy
-from sqlroute.routing.sqlfacts import numbered, sets_something, statement_facts
+from sqlroute.routing.sqlfacts import named, sets_something, statement_facts
 from sqlroute.routing.statement import Kind, Placement, Statement, describe
 from sqlroute.topology import Topology
 
@@ -444,7 +444,7 @@ class TestText:
         dialect = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
         compiled = sa.text(text).compile(dialect=dialect)
 
-        assert numbered(text) == sent
+        assert named(text)[0] == sent
         assert str(compiled) == sent
 
 

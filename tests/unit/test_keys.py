@@ -9,10 +9,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.types import NULLTYPE
 
 from sqlroute.errors import InvalidShardKey
 from sqlroute.routing.hashing import KeyKind, bucket_of
-from sqlroute.routing.keys import MAX_KEYS, Bind, Product, Recipe, bucket_of_row, stored
+from sqlroute.routing.keys import (
+    MAX_KEYS,
+    Bind,
+    OneOf,
+    Product,
+    Recipe,
+    Rows,
+    Span,
+    bucket_of_row,
+    stored,
+)
 
 BUCKETS = 64
 INTEGER, TEXT, UUID = (KeyKind.INTEGER,), (KeyKind.TEXT,), (KeyKind.UUID,)
@@ -214,3 +225,106 @@ def test_plain_types_store_what_they_are_given(value: Any) -> None:
     type_ = sa.Text() if isinstance(value, str) else sa.BigInteger()
 
     assert stored(value, type_) == value
+
+
+def span(**options: bool) -> tuple[Product, ...]:
+    ends = (Bind(name, False, sa.BigInteger()) for name in ("low", "high"))
+    return (Product((Span(*ends, **options),)),)
+
+
+def row_values(*positions: int) -> tuple[Rows, ...]:
+    types = (sa.BigInteger(),) * len(positions)
+    return (Rows(Bind("k", True, NULLTYPE, is_own=True), positions, types),)
+
+
+def owner(bucket: int) -> str:
+    return f"s{bucket % 2}"
+
+
+def owner_of(*key: Any) -> str:
+    return owner(bucket_of(key, INTEGER * len(key), BUCKETS))
+
+
+def test_list_that_is_written_out_is_a_union() -> None:
+    one_of = OneOf((Bind("a", False, sa.BigInteger()), Bind("b", False, sa.BigInteger())))
+
+    assert buckets((Product((one_of,)),), a=1, b=None) == of(1)
+
+
+def test_null_is_a_value_where_it_is_not_distinct() -> None:
+    """``IS NOT DISTINCT FROM NULL`` finds rows whose key is NULL, wherever they are."""
+    same = (Product((Bind("k", False, sa.BigInteger(), matches_null=True),)),)
+
+    assert buckets(same, k=5) == of(5)
+    assert buckets(same, k=None) is None
+
+
+def test_span_is_each_integer_in_it() -> None:
+    assert buckets(span(), low=3, high=6) == of(3, 4, 5, 6)
+    assert buckets(span(above=True, below=True), low=3, high=6) == of(4, 5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(6, 3), (None, 3), (3, None)])
+def test_span_of_nothing_is_no_bucket(low: int | None, high: int | None) -> None:
+    assert buckets(span(), low=low, high=high) == frozenset()
+
+
+def test_span_as_long_as_there_are_buckets_allows_every_bucket() -> None:
+    assert buckets(span(), low=1, high=BUCKETS) is not None
+    assert buckets(span(), low=1, high=BUCKETS + 1) is None
+    assert buckets(span(), low=-(10**30), high=10**30) is None
+
+
+@pytest.mark.parametrize("low", [2.5, Decimal(2), True, "2"])
+def test_span_of_no_integers_allows_every_bucket(low: Any) -> None:
+    assert buckets(span(), low=low, high=5) is None
+
+
+def test_row_values_are_whole_keys() -> None:
+    found = buckets(row_values(2, 0), kinds=INTEGER * 2, k=[(1, "x", 2), (3, "x", None)])
+
+    assert found == of((2, 1), kinds=INTEGER * 2)
+
+
+@pytest.mark.parametrize("rows", [[5], [(5,)], [("5", "6")], None])
+def test_row_values_of_another_shape_prove_nothing_wrong(rows: Any) -> None:
+    found = buckets(row_values(1), k=rows)
+
+    assert found == (frozenset() if rows is None else None)
+
+
+def test_text_that_postgresql_reads_as_an_array_is_a_list() -> None:
+    assert buckets(among(type_=sa.Text()), kinds=TEXT, k="{a,b}") == of("a", "b", kinds=TEXT)
+    assert buckets(among(type_=sa.Text()), kinds=TEXT, k="ab") is None
+
+
+def test_each_shard_has_its_share_of_a_list() -> None:
+    """Every value on exactly one shard; NULL, which matches nothing, on none."""
+    mine = Recipe(((Product((Bind("k", True, sa.BigInteger(), is_own=True),)),),))
+
+    shares = mine.shares({"k": [1, 2, 3, None]}.__getitem__, INTEGER, BUCKETS, owner)
+
+    for key in (1, 2, 3):
+        assert [shard for shard, keys in shares["k"].items() if key in keys] == [owner_of(key)]
+    assert all(None not in keys for keys in shares["k"].values())
+
+
+def test_share_of_a_list_beside_another_column() -> None:
+    """``a = 1 AND b IN (2, 3)``: the value of b is where the pair is."""
+    columns = (
+        Bind("a", False, sa.BigInteger()),
+        Bind("b", True, sa.BigInteger(), is_own=True),
+    )
+    recipe = Recipe(((Product(columns),),))
+
+    shares = recipe.shares({"a": 1, "b": [2, 3]}.__getitem__, INTEGER * 2, BUCKETS, owner)
+
+    assert all(owner_of(1, b) == shard for shard, found in shares["b"].items() for b in found)
+
+
+def test_list_of_unknown_values_is_not_split() -> None:
+    recipe = Recipe((among(),))
+    own = Recipe(((Product((Bind("k", True, sa.BigInteger(), is_own=True),)),),))
+
+    assert recipe.shares({"k": [1]}.__getitem__, INTEGER, BUCKETS, owner) == {}
+    assert own.shares({"k": [1, 2.5]}.__getitem__, INTEGER, BUCKETS, owner) == {}

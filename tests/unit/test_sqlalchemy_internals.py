@@ -9,17 +9,22 @@ import inspect
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import Integer, column, select, union
 from sqlalchemy import inspect as inspect_mapped
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.engine.util import TransactionalContext
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction
+from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.sql.selectable import _CompoundSelectKeyword
+
+from sqlroute.routing.blocks import EXTENSION_CLAUSES
 
 
 def parameters(function: object) -> list[str]:
@@ -259,3 +264,47 @@ def test_a_select_tells_its_parts() -> None:
     assert statement._having_criteria == ()
     assert union(statement, statement).keyword is _CompoundSelectKeyword.UNION
     assert SimpleResultMetaData(["a"])._keys == ["a"]
+
+
+def test_a_compiled_select_knows_its_columns() -> None:
+    """What an engine without a server describes as its answer, in the order of the columns."""
+    table = sa.table("t", sa.column("a"), sa.column("b"))
+    compiled = sa.select(table.c.b, table.c.a.label("x")).compile(dialect=sa.make_url(
+        "postgresql+psycopg://").get_dialect()())  # fmt: skip
+
+    assert [column.keyname for column in compiled._result_columns] == ["b", "x"]  # type: ignore[attr-defined]
+
+
+def test_params_of_a_statement_keep_its_shape() -> None:
+    """Each shard of a scatter is sent its own list, and the statement is compiled once."""
+    statement = sa.select(sa.column("a").in_([1, 2]))
+    key = statement._generate_cache_key()
+    assert key is not None
+    own = statement.params({key.bindparams[0].key: [2]})
+    own_key = own._generate_cache_key()
+
+    assert own_key is not None
+    assert own_key.key == key.key
+    assert own.compile().params == {"a_1": [2]}
+
+
+def test_text_has_its_parameters_and_entities_of_text_their_text() -> None:
+    text = sa.text("SELECT 1 WHERE :a = 1").bindparams(sa.bindparam("a", type_=Integer))
+    statement = FromStatement([sa.literal(1)], text)
+
+    assert isinstance(text._bindparams["a"].type, Integer)
+    assert statement.__visit_name__ == "orm_from_statement"
+    assert statement.element is text
+
+
+def test_clauses_of_extensions_have_their_places() -> None:
+    """``DISTINCT ON`` of the dialect is one; where it stands is looked for by name."""
+    statement = sa.select(sa.column("a")).ext(postgresql.distinct_on(sa.column("a")))
+    places = [n for n in vars(statement) if n.startswith(("_pre_", "_post_")) and "clause" in n]
+
+    assert set(places) <= set(EXTENSION_CLAUSES)
+    assert places
+
+
+def test_a_view_says_that_it_is_one() -> None:
+    assert sa.CreateView(sa.select(sa.literal(1).label("a")), "v").table.is_view

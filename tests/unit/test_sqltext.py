@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import BigInteger, Column, MetaData, Table, Text, select
 
 import sqlroute
+from sqlroute.cli.explaining import described_text
 from sqlroute.errors import CrossShardRefused, MissingShardKey, PlanError, UnknownName
 from sqlroute.health import Health, Observation, observe
 from sqlroute.routing.affinity import Affinity
@@ -41,30 +42,33 @@ TOPOLOGY = Topology(
 SHARD_MAP = ShardMap.even(TOPOLOGY.default)
 
 
-def described(sql: str, parameters: Mapping[str, Any] = MappingProxyType({})) -> TextStatement:
-    return describe_text(sql, TABLES, TOPOLOGY, parameters)
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-def buckets(sql: str, parameters: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+def described(sql: str) -> TextStatement:
+    return describe_text(sql, TABLES, TOPOLOGY)
+
+
+def buckets(sql: str, parameters: Mapping[str, Any] = NONE) -> list[Any]:
     """Return for each use of a sharded table its buckets, ``None`` for all."""
-    text = described(sql, parameters)
+    text = described_text(described(sql), parameters)
     found = []
-    for use in text.statement.occurrences:
-        one = use.recipe.buckets(text.values.__getitem__, use.key.kinds, 64)
+    for use in text.shape.statement.occurrences:
+        one = use.recipe.buckets(text.value, use.key.kinds, 64)
         found.append((use.table, None if one is None else set(one)))
     return found
 
 
-def planned(sql: str, parameters: Mapping[str, Any] = MappingProxyType({})) -> Plan:
-    text = described(sql, parameters)
+def planned(sql: str, parameters: Mapping[str, Any] = NONE) -> Plan:
+    text = described_text(described(sql), parameters)
     health = Health.initial(TOPOLOGY)
     for node in TOPOLOGY.nodes():
         seen = Observation(node.name, 1.0, is_primary=True, timeline=1, lsn=1, accepts_writes=True)
         health = observe(health, seen, 1.0)
     situation = Situation(TOPOLOGY, Policy(), health, {"shop": SHARD_MAP}, Affinity(), {})
-    if text.rows is not None:
-        return plan_rows(text.described(), list(text.rows), situation, Random(1))
-    return plan(text.described(), situation, Random(1))
+    if text.shape.statement.row_keys is not None:
+        return plan_rows(text, text.rows(), situation, Random(1))
+    return plan(text, situation, Random(1))
 
 
 def tail(*names: str) -> set[int]:
@@ -130,6 +134,10 @@ def test_a_view_says_nothing_of_where_its_rows_are() -> None:
         ("SELECT * FROM flights WHERE tailnum IN ('N1')", {}),
         ("SELECT * FROM flights WHERE tailnum = ANY(ARRAY['N1'])", {}),
         ("SELECT * FROM flights WHERE tailnum = ANY(:t)", {"t": "{N1}"}),
+        ("SELECT * FROM flights WHERE tailnum = ANY(:t)", {"t": ["N1"]}),
+        ("SELECT * FROM flights WHERE tailnum IN ('N1', :t)", {"t": "N1"}),
+        ("SELECT * FROM flights WHERE tailnum IS NOT DISTINCT FROM :t", {"t": "N1"}),
+        ("SELECT * FROM flights WHERE tailnum IS NOT DISTINCT FROM 'N1'", {}),
         ("SELECT * FROM flights WHERE tailnum = ANY('{N1}'::text[])", {}),
         ("SELECT * FROM flights WHERE (tailnum = 'N1' AND id = 1) OR tailnum = 'N1'", {}),
         ("UPDATE flights SET dest = 'x' WHERE tailnum = 'N1'", {}),
@@ -160,7 +168,9 @@ def test_a_key_restricts_its_table(sql: str, parameters: dict[str, Any]) -> None
         "SELECT * FROM flights WHERE tailnum OPERATOR(mine.=) 'N1'",
         "SELECT * FROM flights WHERE tailnum LIKE 'N1'",
         "SELECT * FROM flights WHERE tailnum = ALL(ARRAY['N1', 'N2'])",
-        "SELECT * FROM flights WHERE tailnum IS NOT DISTINCT FROM 'N1'",
+        "SELECT * FROM flights WHERE tailnum IS NOT DISTINCT FROM NULL",
+        "SELECT * FROM flights WHERE tailnum IS DISTINCT FROM 'N1'",
+        "SELECT * FROM flights WHERE tailnum BETWEEN 'N1' AND 'N1'",
         "SELECT * FROM flights AS f (tailnum, x, y) WHERE tailnum = 'N1'",
         "SELECT * FROM (SELECT tailnum FROM flights) x WHERE tailnum = 'N1'",
         "SELECT * FROM flights WHERE (tailnum = 'N1') IS TRUE",
@@ -197,6 +207,37 @@ def test_a_constant_counts_only_as_postgresql_surely_reads_it(literal: str, is_u
     ((_, found),) = buckets(f"SELECT * FROM orders WHERE customer = {literal}")
 
     assert (found is not None) is is_used
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "customer BETWEEN 7 AND 8",
+        "customer >= 7 AND customer < 9",
+        "6 < customer AND 8 >= customer",
+        "customer BETWEEN :low AND :high",
+    ],
+)
+def test_a_small_range_is_each_integer_in_it(where: str) -> None:
+    values = {"low": "7", "high": 8} if ":low" in where else {}
+
+    found = buckets(f"SELECT * FROM orders WHERE {where}", values)
+
+    assert found == [("orders", {bucket_of((key,), (NUMBER,), 64) for key in (7, 8)})]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "customer BETWEEN 7 AND 700",
+        "customer NOT BETWEEN 7 AND 8",
+        "customer BETWEEN SYMMETRIC 7 AND 8",
+        "customer > 7",
+        "customer > 7 OR customer < 9",
+    ],
+)
+def test_any_other_range_means_all_shards(where: str) -> None:
+    assert buckets(f"SELECT * FROM orders WHERE {where}") == [("orders", None)]
 
 
 def test_zero_is_a_value() -> None:
@@ -279,6 +320,25 @@ def test_on_of_an_outer_join_never_restricts_the_preserved_side() -> None:
         "SELECT * FROM flights WHERE EXISTS (SELECT 1 FROM planes WHERE year = 2000)",
         "SELECT * FROM airlines LEFT JOIN flights f ON f.tailnum = carrier",
         "SELECT * FROM (flights JOIN planes USING (tailnum)) AS j",
+        "SELECT * FROM flights WHERE tailnum NOT IN (SELECT tailnum FROM planes)",
+        "SELECT (SELECT max(f.id) FROM airlines) FROM flights f",
+        "SELECT (SELECT max(f.id)) FROM flights f",
+        "SELECT * FROM flights WHERE tailnum IN (SELECT tailnum FROM planes LIMIT 1)",
+        "SELECT * FROM flights WHERE tailnum IN (SELECT max(tailnum) FROM planes)",
+        "SELECT * FROM flights WHERE tailnum > ANY (SELECT tailnum FROM planes)",
+        "SELECT * FROM flights ORDER BY id",
+        "SELECT * FROM flights LIMIT 1",
+        "SELECT * FROM flights OFFSET 1",
+        "SELECT DISTINCT id FROM flights",
+        "SELECT id FROM flights GROUP BY id",
+        "SELECT count(*) FROM flights",
+        "SELECT coalesce(max(id), 0) FROM flights",
+        "SELECT rank() OVER (ORDER BY id) FROM flights",
+        "SELECT 1 FROM flights HAVING true",
+        "SELECT * FROM (SELECT * FROM flights LIMIT 1) x",
+        "SELECT * FROM (SELECT count(*) FROM flights) x",
+        "SELECT * FROM (SELECT DISTINCT dest FROM flights) x",
+        "WITH x AS (SELECT max(id) FROM flights) SELECT * FROM x",
     ],
 )
 def test_what_cannot_run_shard_by_shard_is_hindered(sql: str) -> None:
@@ -298,6 +358,19 @@ def test_a_name_is_looked_up_from_the_inside_out() -> None:
 
     assert inner == [("flights", tail("N1")), ("planes", tail("N2"))]
     assert tied.statement.hindrance is None
+
+
+@pytest.mark.parametrize(("is_complete", "groups"), [(True, 1), (False, 2)])
+def test_a_name_is_not_looked_up_outside_of_a_table_that_may_have_it(
+    is_complete: bool, groups: int
+) -> None:
+    """A mapping may leave a column out: then it is not the outer table's of that name."""
+    visits = TableInfo("visits", Role.SHARDED, {"plane": TEXT}, ("plane",), is_complete=is_complete)
+    sql = "SELECT 1 FROM flights WHERE EXISTS (SELECT 1 FROM visits WHERE plane = tailnum)"
+
+    text = describe_text(sql, {**TABLES, "visits": visits}, TOPOLOGY)
+
+    assert len({use.group for use in text.statement.occurrences}) == groups
 
 
 def test_lateral_means_its_sibling_not_an_outer_namesake() -> None:
@@ -349,6 +422,27 @@ def test_text_and_core_are_described_alike() -> None:
     assert text.hindrance == core.hindrance
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT *, lower(tailnum) FROM flights WHERE id > 3",
+        "SELECT * FROM flights f JOIN planes p USING (tailnum)",
+        "SELECT * FROM flights WHERE tailnum IN (SELECT tailnum FROM planes WHERE year = 2000)",
+        "SELECT * FROM flights WHERE tailnum = ANY (SELECT tailnum FROM planes)",
+        "SELECT * FROM (SELECT * FROM flights WHERE id = 1) x JOIN planes USING (tailnum)",
+        "WITH x AS (SELECT tailnum FROM flights) SELECT * FROM x",
+        "SELECT (SELECT f.id) FROM flights f",
+        "SELECT *, (SELECT max(year) FROM planes p WHERE p.tailnum = f.tailnum) FROM flights f",
+        "SELECT * FROM flights f, LATERAL (SELECT year FROM planes p WHERE p.tailnum = f.tailnum "
+        "ORDER BY year LIMIT 1) x",
+    ],
+)
+def test_rows_of_each_shard_are_the_rows(sql: str) -> None:
+    """What needs no rewriting is sent to every shard as it is."""
+    assert described(sql).statement.hindrance is None
+    assert planned(sql).tier is Tier.SCATTER
+
+
 # Plans
 
 
@@ -366,6 +460,13 @@ def test_an_insert_goes_where_its_keys_say() -> None:
     whole = planned("INSERT INTO flights VALUES (1, :t)", {"t": "N1"})
 
     assert named.shards == whole.shards == (SHARD_MAP.owner(tail("N1").pop()),)
+
+
+def test_what_excludes_every_row_is_still_asked_of_one_shard() -> None:
+    """Nobody else knows the columns of a text."""
+    found = planned("SELECT * FROM flights WHERE tailnum = NULL")
+
+    assert len(found.shards) == 1
 
 
 @pytest.mark.parametrize(
@@ -408,7 +509,7 @@ def test_what_cannot_be_placed_is_refused(sql: str, error: type[PlanError]) -> N
 def test_bad_input_is_named(sql: str, parameters: dict[str, Any], words: str) -> None:
     """Syntax, tables and parameters: the message says which one, and what is known."""
     with pytest.raises((PlanError, UnknownName), match=words.replace("(", r"\(")):
-        described(sql, parameters)
+        described_text(described(sql), parameters)
 
 
 def test_ordinary_tables_are_said_to_be_taken_for_reference_tables() -> None:
