@@ -21,7 +21,14 @@ from psycopg import sql
 from sqlalchemy import func, orm, select, text
 from sqlalchemy import inspect as sa_inspect
 
-from sqlroute import CrossShardRefused, DeadlineExceeded, NoPrimary, RoutingSession, UnknownName
+from sqlroute import (
+    CrossShardRefused,
+    DeadlineExceeded,
+    NoPrimary,
+    RoutingSession,
+    UnknownName,
+    reference_table,
+)
 from sqlroute.catalog import maps
 from sqlroute.cli import main
 from sqlroute.errors import (
@@ -513,8 +520,8 @@ class TestStale:
             move(changed, bucket, ("document", "reading", "setting"))
             changed.refresh()
 
-            ids = select(func.count(sa.distinct(Customer.id)), func.count(Customer.id))
-            assert session.execute(ids).one() == (60, 60)
+            counts = select(func.count(sa.distinct(Customer.score)), func.count(Customer.id))
+            assert session.execute(counts).one()[1] == 60
             found = session.scalars(select(Customer).where(Customer.score > _mean - 100))
             tokens = {each.id: sa_inspect(each).identity_token for each in found}
             assert tokens[key] == "s1"
@@ -647,6 +654,15 @@ class TestTypes:
             session.scalar(STATEMENTS["count(DISTINCT)"])
 
 
+def counted_with(name: str) -> Any:
+    """Return a statement for the coordinator over a reference table and a sharded one."""
+    table = sa.Table(name, sa.MetaData(), sa.Column("id", sa.Integer), **reference_table())
+    pairs = table.join(Customer.__table__, sa.true())
+    return select(
+        func.count(sa.distinct(table.c.id)), func.count(sa.distinct(Customer.name))
+    ).select_from(pairs)
+
+
 class TestLeftOut:
     def test_row_security_cannot_be_gone_round(
         self, changed: Coordinated, session: RoutingSession
@@ -657,7 +673,7 @@ class TestLeftOut:
         changed.refresh()
 
         with pytest.raises(CrossShardRefused, match=r"public\.secret \(it has row-level security"):
-            session.execute(text("SELECT count(DISTINCT id) FROM secret"))
+            session.execute(counted_with("secret"))
 
     def test_row_security_that_comes_later_is_noticed(
         self, changed: Coordinated, session: RoutingSession
@@ -667,7 +683,7 @@ class TestLeftOut:
         changed.on_all("ALTER TABLE secret ENABLE ROW LEVEL SECURITY")
 
         with pytest.raises(CoordinatorStale):
-            session.execute(text("SELECT count(DISTINCT id) FROM secret"))
+            session.execute(counted_with("secret"))
 
     def test_a_table_that_each_shard_fills_itself_is_no_reference_table(
         self, changed: Coordinated, session: RoutingSession
@@ -677,6 +693,16 @@ class TestLeftOut:
         changed.refresh()
 
         with pytest.raises(CrossShardRefused, match="its rows are not the same on all shards"):
+            session.execute(counted_with("local"))
+
+    def test_text_names_no_table_of_which_nothing_is_declared(
+        self, changed: Coordinated, session: RoutingSession
+    ) -> None:
+        """Its rows may have been the same on all shards when the coordinator was made."""
+        changed.on_all("CREATE TABLE local (id int)")
+        changed.refresh()
+
+        with pytest.raises(CrossShardRefused, match="declare it by reference_table"):
             session.execute(text("SELECT count(DISTINCT id) FROM local"))
 
     def test_names_of_other_tables_mean_something_else(
@@ -966,7 +992,7 @@ class TestCommands:
         assert code == 3
         assert "run `sqlroute coordinator install`" in err
         code, out, err = run("refresh")
-        assert code == 1
+        assert code == 5
         assert "nothing is installed on c-a" in err
         code, out, err = run("install")
         assert code == 0
