@@ -19,16 +19,27 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/sqlroute demo
 
+# two at a time, since most of them wait for servers; then, one at a time, those that have the whole
+# machine under load, or a broker of files
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
+APART := tests/chaos tests/web/test_celery.py
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) $(addprefix --ignore=,$(APART))
+	$(BIN)/python -m pytest $(APART)
 
-# the tests that need servers, on another PostgreSQL: make test-pg15 PG15=/path/to/bin
-# test_stale_writes by itself: after all the others its replica on 15 once stayed behind for good,
-# which was not explained yet. tests/web ask of any server the same.
+# the tests that ask of servers what differs between versions, on another PostgreSQL:
+# make test-pg15 PG15=/path/to/bin. test_stale_writes by itself: after all the others its replica on
+# 15 once stayed behind for good, which was not explained yet.
 PG15 ?= /usr/lib/postgresql/15/bin
 STALE := tests/integration/test_stale_writes.py
+ON_15 := $(addprefix tests/integration/test_,$(addsuffix .py,announced_nodes classification commit \
+  consistency coordinator crash_sweep deadlines drivers_on_servers failover failover_tokens fencing \
+  hashing_on_postgres hold keys_on_servers monitor promotion rejoin replicas run scatter schema \
+  sessions sessions_async streams tpch transactions wire)) tests/differential/test_clauses_against_postgres.py \
+  tests/differential/test_sessions_against_one_server.py tests/differential/test_known_silent_errors.py
 test-pg15: $(VENV)/.installed
-	$(BIN)/python -m pytest -m servers --sqlroute-pg-bin=$(PG15) --ignore=$(STALE) --ignore=tests/web
+	$(BIN)/python -m pytest $(PARALLEL) --sqlroute-pg-bin=$(PG15) $(ON_15)
 	$(BIN)/python -m pytest --sqlroute-pg-bin=$(PG15) $(STALE)
 
 check: $(VENV)/.installed

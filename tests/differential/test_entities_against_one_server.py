@@ -268,6 +268,7 @@ ASKS: dict[str, Callable[[Any], Any]] = {
         s.query(P).with_entities(P.name).distinct().order_by(P.name).all()
     ),
     "Query.exists": lambda s: s.query(s.query(P).filter(P.age == 4).exists()).scalar(),
+    "Query.count": lambda s: s.query(P).count(),
     "Query.scalar": lambda s: s.query(func.max(P.age)).scalar(),
     "yield_per": lambda s: list(s.query(P).order_by(P.id).yield_per(4)),
     "yield_per with selectin": lambda s: list(
@@ -276,9 +277,7 @@ ASKS: dict[str, Callable[[Any], Any]] = {
 }
 
 REFUSED: dict[str, Callable[[Any], Any]] = {
-    "subquery collections": ASKS.pop("subquery collections"),
     "subquery collections, limited": ASKS.pop("subquery collections, limited"),
-    "Query.count": lambda s: s.query(P).count(),
     "Query.exists": ASKS.pop("Query.exists"),
     "pets of another": rows(select(P, other).where(P.age == other.age)),
     "a window over all": rows(select(P.id, func.rank().over(order_by=P.age))),
