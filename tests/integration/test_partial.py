@@ -449,12 +449,8 @@ class TestRefused:
             session.execute(select(Customer).execution_options(yield_per=2))
 
     def test_the_coordinator(self, session: Any) -> None:
-        for statement in (
-            select(func.count(Customer.name.distinct())),
-            COUNT.execution_options(sqlroute_tier="coordinator"),
-        ):
-            with pytest.raises(CrossShardRefused):
-                session.execute(statement)
+        with pytest.raises(CrossShardRefused, match="sqlroute_partial was asked for"):
+            session.execute(COUNT.execution_options(sqlroute_tier="coordinator"))
 
     def test_a_value_that_is_no_bool(self, session: Any) -> None:
         with pytest.raises(UnknownName, match="sqlroute_partial='yes'; it is True or False"):
