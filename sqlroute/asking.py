@@ -38,6 +38,11 @@ class Asking:
     _limit: Limit | None = None
     refused_token: TokenError | None = None
     """The last error by which a token that the session follows was refused."""
+    missing_shards: tuple[str, ...] = ()
+    """The shards that the last statement with ``sqlroute_partial`` was answered without.
+
+    Those of its eager loads are among them, as soon as its rows were fetched.
+    """
 
     def _ask(
         self,

@@ -494,6 +494,7 @@ class _PolicyTable(_Table):
     connect_timeout: _SomeSeconds = _DEFAULTS.connect_timeout
     primary_wait: _Seconds = _DEFAULTS.primary_wait
     max_held: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.max_held
+    max_scatter_rows: Annotated[_Whole, Field(ge=0)] = _DEFAULTS.max_scatter_rows
     no_scatter: bool = _DEFAULTS.no_scatter
     no_coordinator: bool = _DEFAULTS.no_coordinator
     deadline: _SomeSeconds | None = _DEFAULTS.deadline

@@ -186,7 +186,7 @@ def _on(call: Call, described: Described, node: str, found: Plan) -> Any:
     token = BY_KEY if described.shape.reads_entities else None
     once = replace(
         call,
-        statement=_capped(call.statement, coordinator.max_rows),
+        statement=capped(call.statement, coordinator.max_rows),
         local={**call.local, "prebuffer_rows": True},  # objects are made here, see identity
     )
     try:
@@ -241,7 +241,7 @@ def _check(session: RoutingMixin, keyspace: Keyspace, found: Plan) -> str:
     )
 
 
-def _capped(statement: Any, max_rows: int) -> Any:
+def capped(statement: Any, max_rows: int) -> Any:
     """Return a statement that does not send many more rows than are allowed, where that is easy."""
     if (
         not isinstance(statement, GenerativeSelect)

@@ -161,9 +161,17 @@ class TopologyError(SQLRouteError):
 
 
 class NoEligibleNode(TopologyError):
-    """No node may take the statement; the message names each node and why it was refused."""
+    """No node may take the statement; the message names each node and why it was refused.
+
+    Attributes:
+        shard: its name.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, shard: str = "") -> None:
+        self.shard = shard
+        super().__init__(message)
 
 
 class NoPrimary(TopologyError):
@@ -190,9 +198,17 @@ class PoolExhausted(TopologyError, TimeoutError):
 
 
 class ShardMapUnavailable(TopologyError):
-    """There is no shard map, or its lease ran out and no shard confirmed it."""
+    """There is no shard map, or its lease ran out and a shard did not confirm it.
+
+    Attributes:
+        shard: which did not; empty where there is no map.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, shard: str = "") -> None:
+        self.shard = shard
+        super().__init__(message)
 
 
 class StaleShardMap(SQLRouteError):

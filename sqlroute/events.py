@@ -148,6 +148,22 @@ class Fallback:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A read with ``sqlroute_partial`` was answered without a shard.
+
+    Attributes:
+        node: that did not answer; empty where there was none to ask.
+    """
+
+    shard: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}: a partial answer is without it: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class Retried:
     """Something is done once more.
 
@@ -171,7 +187,15 @@ class Retried:
 
 
 Event: TypeAlias = (
-    PlanChosen | StatementDone | NodeChanged | PrimaryChanged | Held | Released | Fallback | Retried
+    PlanChosen
+    | StatementDone
+    | NodeChanged
+    | PrimaryChanged
+    | Held
+    | Released
+    | Fallback
+    | LeftOut
+    | Retried
 )
 
 KINDS: tuple[type[Event], ...] = (
@@ -182,6 +206,7 @@ KINDS: tuple[type[Event], ...] = (
     Held,
     Released,
     Fallback,
+    LeftOut,
     Retried,
 )
 
@@ -243,6 +268,8 @@ def log_event(event: Event) -> None:
         level = logging.WARNING if event.now is None or event.contenders else logging.INFO
     elif isinstance(event, NodeChanged):
         level = logging.WARNING if event.refused else logging.INFO
+    elif isinstance(event, LeftOut):
+        level = logging.WARNING
     elif isinstance(event, Held | Released | Retried):
         level = logging.INFO
     log.log(level, "%s", event)

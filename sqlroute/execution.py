@@ -18,22 +18,44 @@ from sqlalchemy.orm import QueryContext
 from sqlalchemy.sql.dml import Insert, UpdateBase
 from sqlalchemy.sql.elements import ClauseElement
 
-from sqlroute.coordination import coordinated
-from sqlroute.errors import CrossShardRefused, SQLRouteError, TokenError, UnknownName
-from sqlroute.events import Fallback, PlanChosen, Retried
+from sqlroute.coordination import capped, coordinated
+from sqlroute.errors import (
+    CrossShardRefused,
+    DeadlineExceeded,
+    NoEligibleNode,
+    NoPrimary,
+    SQLRouteError,
+    TokenError,
+    UnknownName,
+)
+from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
-from sqlroute.results import merged, streamed
+from sqlroute.results import check_rows, merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.keys import reference_dialect
-from sqlroute.routing.plan import Plan, Target, Tier
+from sqlroute.routing.plan import Missing, Plan, Target, Tier
 from sqlroute.routing.planner import Described
-from sqlroute.routing.policy import Demand, Intent, consistency_named, role_named, tier_named
+from sqlroute.routing.policy import (
+    Demand,
+    Intent,
+    consistency_named,
+    partial_named,
+    role_named,
+    tier_named,
+)
 from sqlroute.routing.rows import keyed_rows
 from sqlroute.routing.statement import Kind
 from sqlroute.runtime.engines import is_old_plan
 from sqlroute.runtime.nothing import no_rows
-from sqlroute.runtime.scatter import scatter, scatter_async
+from sqlroute.runtime.scatter import (
+    Spares,
+    Work,
+    is_abandoned,
+    none_spared,
+    scatter,
+    scatter_async,
+)
 from sqlroute.stale import before_load, buffering, mark
 
 if TYPE_CHECKING:
@@ -45,7 +67,15 @@ log = logging.getLogger("sqlroute.session")
 BIND = "_sqlroute_bind"
 """Key of ``bind_arguments`` under which a plan hands its engine or connection to ``get_bind``."""
 
-OPTIONS = frozenset({"sqlroute_consistency", "sqlroute_role", "sqlroute_shard", "sqlroute_tier"})
+OPTIONS = frozenset(
+    {
+        "sqlroute_consistency",
+        "sqlroute_partial",
+        "sqlroute_role",
+        "sqlroute_shard",
+        "sqlroute_tier",
+    }
+)
 """Execution options of sqlroute; another ``sqlroute_...`` is a mistake and refused."""
 
 _READ = Kind.READ.value
@@ -157,6 +187,8 @@ def execute(call: Call) -> Any:
         home = _home(options)
         if home is not None and "sqlroute_shard" not in options:
             options = {**options, "sqlroute_shard": home}
+    if options.get("sqlroute_partial") and "sa_top_level_orm_context" not in call.local:
+        session.missing_shards = ()
     found, filled = plan(session, described, options)
     if filled:
         call.parameters = filled if isinstance(call.parameters, list | tuple) else filled[0]
@@ -214,6 +246,8 @@ def plan(
     except TokenError as error:
         session.refused_token = error
         raise
+    if demand.partial and found.tier is Tier.SCATTER:
+        _check_partial(session, options)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s", found)
     listeners = session._router.listeners
@@ -226,6 +260,27 @@ def plan(
             if target.is_fallback:
                 listeners.tell(Fallback(target.shard, target.node, target.reason))
     return found, filled
+
+
+def _check_partial(session: RoutingMixin, options: Mapping[str, Any]) -> None:
+    """Refuse to leave shards out where nobody could tell what the answer means.
+
+    Raises:
+        CrossShardRefused: the transaction has written; or a stream may lose a shard midway.
+    """
+    written = session._group.writers if session._group is not None else ()
+    if written:
+        raise CrossShardRefused(
+            "sqlroute_partial",
+            f"the transaction has written on shard {', '.join(written)}, and what it reads must "
+            "not be without that; commit first, or leave it out",
+        )
+    if _is_streaming(options):
+        raise CrossShardRefused(
+            "sqlroute_partial",
+            "a stream may lose a shard when some of its rows were given already; leave yield_per "
+            "and stream_results out, or sqlroute_partial",
+        )
 
 
 def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
@@ -249,6 +304,8 @@ def _demanded(session: RoutingMixin, options: Mapping[str, Any]) -> Demand:
             demand = replace(demand, role=role_named(value))
         elif name == "sqlroute_tier":
             demand = replace(demand, by_coordinator=tier_named(value))
+        elif name == "sqlroute_partial":
+            demand = replace(demand, partial=partial_named(value))
         else:
             raise UnknownName(
                 f"unknown execution option {name}; known: {', '.join(sorted(OPTIONS))}"
@@ -440,6 +497,8 @@ def _read(
                     stale=_is_stale_load(described, target),
                 )
         except sa_exc.DBAPIError as error:
+            if is_abandoned():
+                raise
             if statement is None and _is_refused_write(error, target):
                 return _on_primary(call, described, target, token, error)
             if is_old_plan(error.orig) and not again:
@@ -510,23 +569,85 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     size = _batch(call.options) if call.is_streaming else None
     if call.is_streaming:
         call.local = _shared(call, size, len(found.targets))
-    works = []
+    most, statement = session._router.policy.max_scatter_rows, rewritten.statement
+    if most and not call.is_streaming:
+        statement = capped(statement, most)
+        call.local = {**call.local, "preserve_rowcount": True}  # the cursor may be closed by then
+    is_partial = options.get("sqlroute_partial", False)
+    spares = _is_absence if is_partial else none_spared
+    results = _run(session, _works(call, described, found, statement, spares), spares)
+    if is_partial:
+        results = _present(session, found, results)
+    if call.is_streaming:
+        return streamed(results, rewritten, size)
+    if most:
+        check_rows(results, most)
+    return merged(results, rewritten)
+
+
+def _works(
+    call: Call, described: Described, found: Plan, statement: Any, spares: Spares
+) -> list[Work]:
+    """Return what each shard of a scatter does, by its name; a spared error is raised there."""
+    works: list[Work] = []
     for index, target in enumerate(found.targets):
-        own, statement = call, rewritten.statement
+        own, sent = call, statement
         if found.lists:
-            own, statement = _with_lists(call, described, statement, found.lists[index])
-        works.append((f"{target.shard} ({target.node})", _work(own, described, target, statement)))
+            own, sent = _with_lists(call, described, statement, found.lists[index])
+        try:
+            work = _work(own, described, target, sent)
+        except Exception as error:
+            if not spares(error):
+                raise
+            work = partial(_fail, error)
+        works.append((f"{target.shard} ({target.node})", work))
+    return works
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def _run(session: RoutingMixin, works: list[Work], spares: Spares) -> list[Any]:
+    """Run the works of a scatter in the time there is, see :mod:`sqlroute.runtime.scatter`."""
     timeout = session._router.policy.scatter_timeout
     if session._limit is not None:
         session._limit.check("a statement on several shards")
         timeout = min(timeout, session._limit.left())
     if session._routes.is_async:
-        results = scatter_async(works, timeout)
-    else:
-        results = scatter(works, session._router.threads(), timeout)
-    if call.is_streaming:
-        return streamed(results, rewritten, size)
-    return merged(results, rewritten)
+        return scatter_async(works, timeout, spares)
+    return scatter(works, session._router.threads(), timeout, spares)
+
+
+def _is_absence(error: BaseException) -> bool:
+    """Say if an error means that a shard cannot answer, and not that the statement is wrong.
+
+    A transaction that was lost there earlier is not begun anew: it was one with what it had read.
+    """
+    absent = NoPrimary | NoEligibleNode | DeadlineExceeded | sa_exc.PendingRollbackError
+    return isinstance(error, absent) or (isinstance(error, sa_exc.DBAPIError) and _is_gone(error))
+
+
+def _present(session: RoutingMixin, found: Plan, results: list[Any]) -> list[Any]:
+    """Return the results of the shards that have answered; tell of those that have not.
+
+    Raises:
+        Exception: the first shard's, where none has.
+    """
+    present = [result for result in results if not isinstance(result, Exception)]
+    if not present:
+        raise results[0]
+    absent = [
+        Missing(target.shard, target.node, _reason(result))
+        for target, result in zip(found.targets, results, strict=True)
+        if isinstance(result, Exception)
+    ]
+    missing = (*found.missing, *absent)
+    for gone in missing:
+        session._router.listeners.tell(LeftOut(gone.shard, gone.node, gone.reason))
+    names = (*session.missing_shards, *(gone.shard for gone in missing))
+    session.missing_shards = tuple(dict.fromkeys(names))
+    return present
 
 
 def _shared(call: Call, size: int | None, shards: int) -> dict[str, Any]:
@@ -664,6 +785,18 @@ def _is_streaming(options: Mapping[str, Any]) -> bool:
 
 def _line(error: sa_exc.DBAPIError) -> str:
     return str(error.orig).partition("\n")[0]
+
+
+def _reason(error: Exception) -> str:
+    return _line(error) if isinstance(error, sa_exc.DBAPIError) else str(error)
+
+
+def _is_gone(error: sa_exc.DBAPIError) -> bool:
+    """Say if a server was lost, or could not be connected to."""
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or (
+        state is None and isinstance(error, sa_exc.OperationalError)
+    )
 
 
 def _is_refused_write(error: sa_exc.DBAPIError, target: Target) -> bool:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import CursorResult, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 
+from sqlroute.errors import TooManyRows
+
 if TYPE_CHECKING:
     from sqlroute.routing.rewrite import Rewritten
 
@@ -23,6 +25,20 @@ def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
 
     rows = merge([_rows(result, rewritten.spec.entities) for result in results], rewritten.spec)
     return _answer(results[0], rewritten, rows)
+
+
+def check_rows(results: Sequence[Result[Any]], most: int) -> None:
+    """Refuse to merge more rows than are allowed.
+
+    Raises:
+        TooManyRows: says how to have fewer, or all of them.
+    """
+    if sum(_cursor(result).rowcount for result in results) > most:
+        raise TooManyRows(
+            f"{len(results)} shards have sent more than max_scatter_rows = {most} rows; add a "
+            "LIMIT or conditions, read them as a stream (yield_per), or raise it in the policy",
+            most,
+        )
 
 
 def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None) -> Result[Any]:
@@ -52,8 +68,7 @@ class _Cursors:
 
     def __init__(self, results: Sequence[Result[Any]]) -> None:
         self._results = results
-        first: Any = results[0]
-        self.context = first.context if isinstance(first, CursorResult) else first.raw.context
+        self.context = _cursor(results[0]).context
 
     def close(self) -> None:
         """Close the cursors, every one, even where another fails to close."""
@@ -104,6 +119,12 @@ def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> It
     answer._unique_filter_state = state
     answer._attributes = answer._attributes.merge_with(attributes)
     return answer
+
+
+def _cursor(result: Result[Any]) -> CursorResult[Any]:
+    """Return the result of the driver's cursor below the ORM's, if it is not that itself."""
+    found: Any = result
+    return found if isinstance(found, CursorResult) else found.raw
 
 
 def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:

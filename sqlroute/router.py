@@ -38,6 +38,7 @@ from sqlroute.events import (
     Event,
     Fallback,
     Held,
+    LeftOut,
     Listener,
     Listeners,
     NodeChanged,
@@ -52,7 +53,7 @@ from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
 from sqlroute.routing.functions import known
-from sqlroute.routing.plan import Plan, Target
+from sqlroute.routing.plan import Plan, Target, Tier
 from sqlroute.routing.planner import Described, OldMap, Planner, Shape, map_of, plan, plan_rows
 from sqlroute.routing.policy import (
     AUTOMATIC,
@@ -150,7 +151,7 @@ class Router:
         self.demand = Demand(self.policy.consistency)
         self.listeners = Listeners()
         self.listeners.add(
-            log_event, (Retried,)
+            log_event, (LeftOut, Retried)
         )  # the monitor logs what it sees, the rest is debug
         self._threads: ThreadPoolExecutor | None = None
         self._has_looked = False  # in this process
@@ -393,6 +394,8 @@ class Router:
                 else:
                     found = plan_rows(described, keys, situation, self._rng)
             except NoPrimary as none:
+                if demand.partial:  # rather now than whole
+                    raise
                 waits = waits or self._waits(none.shard, limit)
                 if not waits.goes_on(engines, situation.health.shard(none.shard).primary):
                     raise
@@ -405,7 +408,7 @@ class Router:
                 self._answer(question, situation, engines, limit)
             else:
                 if self._is_awake(found, engines) and (
-                    not found.epoch or self._confirmed(found, engines)
+                    not found.epoch or self._confirmed(found, situation, engines)
                 ):
                     return found
             situation.renew(self.monitor.health, self._maps)
@@ -669,7 +672,8 @@ class Router:
                     raise NoEligibleNode(
                         f"the session has read from {nodes}, which does not answer now, nor does "
                         f"the primary of shard {shard}: nobody knows how much it has seen; "
-                        "try again"
+                        "try again",
+                        shard,
                     )
             affinity = affinity.seen(self.position(shard, floor.timeline, floor.lsn))
         return affinity
@@ -704,14 +708,17 @@ class Router:
     def _is_awake(self, found: Plan, engines: Engines) -> bool:
         """See to it that what is known of the shards of a plan is not from before they idled."""
         is_awake = True
-        for target in found.targets:
-            if self._usage.note(target.shard):
-                self._ask(engines, target.shard, self.policy.probe_deadline)
+        for shard in (*found.shards, *(gone.shard for gone in found.missing)):
+            if self._usage.note(shard):
+                self._ask(engines, shard, self.policy.probe_deadline)
                 is_awake = False
         return is_awake
 
-    def _confirmed(self, found: Plan, engines: Engines) -> bool:
-        """See to the lease: each shard of a plan must have confirmed the map it was made by."""
+    def _confirmed(self, found: Plan, situation: Situation, engines: Engines) -> bool:
+        """See to the lease: each shard of a plan must have confirmed the map it was made by.
+
+        For a partial answer, note the one that does not; it is planned anew without it.
+        """
         lease = self.policy.map_lease
         health, now = self.monitor.health, time.monotonic()
         for target in found.targets:
@@ -725,11 +732,16 @@ class Router:
             newest = health.highest_epoch(shard) or 0
             if newest > found.epoch and self._refresh(keyspace, engines, newer_than=found.epoch):
                 return False
-            raise ShardMapUnavailable(
+            unconfirmed = ShardMapUnavailable(
                 f"shard {shard} did not confirm epoch {found.epoch} of the shard map within "
                 f"{lease:g} s (it reports {newest or 'nothing'}); it is unreachable or its catalog "
-                "is missing: see `sqlroute status`"
+                "is missing: see `sqlroute status`",
+                shard,
             )
+            if not situation.demand.partial or found.tier is not Tier.SCATTER:
+                raise unconfirmed
+            situation.silent = {**situation.silent, shard: unconfirmed}
+            return False
         return True
 
     def _refresh(self, keyspace: Keyspace, engines: Engines, newer_than: int) -> bool:

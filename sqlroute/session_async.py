@@ -36,6 +36,11 @@ class RoutingAsyncSession(AsyncSession):
         """What the session has committed itself; false if nothing. Asks no server."""
         return self.sync_session.written
 
+    @property
+    def missing_shards(self) -> tuple[str, ...]:
+        """What the last partial answer was without. See ``RoutingSession.missing_shards``."""
+        return self.sync_session.missing_shards
+
     def follow(self, token: Token | str) -> None:
         """Never read a state from before a token. See ``RoutingSession.follow``."""
         self.sync_session.follow(token)

@@ -84,6 +84,8 @@ def _why_not(statement: Statement, written: Any, situation: Situation) -> str:
         return f"only what is proved to be a read runs there ({statement.reasons[0]})"
     if demand.role is Role.REPLICA:
         return "it reads from primaries, and sqlroute_role='replica' was asked for"
+    if demand.partial:
+        return "it reads all shards or none, and sqlroute_partial was asked for"
     if demand.snapshot is not None:
         return f"several shards have no common snapshot, as {demand.snapshot} needs"
     if _is_sampled(written):

@@ -56,6 +56,23 @@ target = lru_cache(maxsize=4096)(Target)
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """A shard that a partial answer is without.
+
+    Attributes:
+        node: that did not answer; empty where there was none to ask.
+        reason: names the nodes.
+    """
+
+    shard: str
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What will be done with one statement.
 
@@ -71,6 +88,7 @@ class Plan:
             tried; the targets are what they read.
         lists: for SCATTER, the parameters of which each target is sent just its values; empty where
             all are sent the same.
+        missing: for SCATTER, the shards that are left out since no node of them can answer.
         sql: what each target is sent, where the plan is made to be shown.
     """
 
@@ -82,6 +100,7 @@ class Plan:
     merge: tuple[str, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
     coordinators: tuple[str, ...] = ()
+    missing: tuple[Missing, ...] = ()
     sql: tuple[str, ...] = ()
     lists: tuple[Mapping[str, list[Any]], ...] = field(default=(), compare=False)
 
@@ -112,6 +131,7 @@ class Plan:
                 }
                 for index, target in enumerate(self.targets)
             ],
+            "missing": [{"shard": gone.shard, "reason": gone.reason} for gone in self.missing],
             "merge": list(self.merge),
             "reasons": list(self.reasons),
         }
@@ -127,6 +147,7 @@ class Plan:
         lines += [f"  on {name}" for name in self.coordinators[:1]]
         lines += [f"  or on {name}" for name in self.coordinators[1:]]
         lines += [f"  -> {target}" for target in self.targets]
+        lines += [f"  without {gone}" for gone in self.missing]
         lines += self.sent()
         lines += [f"  merge: {step}" for step in self.merge]
         lines += [f"  because {reason}" for reason in self.reasons]

@@ -20,8 +20,11 @@ from sqlroute.errors import (
     CrossShardRefused,
     InvalidShardKey,
     MissingShardKey,
+    NoEligibleNode,
+    NoPrimary,
     PlanError,
     ShardMapUnavailable,
+    TopologyError,
     UnknownName,
 )
 from sqlroute.routing.coordinated import coordinated
@@ -29,7 +32,7 @@ from sqlroute.routing.functions import BUILT_IN, Functions
 from sqlroute.routing.hashing import bucket_of
 from sqlroute.routing.keys import Bind, Unproved, Values, stored
 from sqlroute.routing.known import KnownTables
-from sqlroute.routing.plan import Plan, Target, Tier
+from sqlroute.routing.plan import Missing, Plan, Target, Tier
 from sqlroute.routing.rows import bucket_of_key
 from sqlroute.routing.statement import Kind, Placement, Statement, describe, text_of
 from sqlroute.routing.target import Situation, kind_of, target_of
@@ -363,9 +366,38 @@ def _by_shards(described: Described, situation: Situation, rng: Random) -> Plan:
         return Plan(Tier.BROADCAST, targets, kind.value, epoch, reasons)
     if described.shape.unmerged is not None and keyspace.coordinator is not None:
         raise CrossShardRefused(*described.shape.unmerged)
-    targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
-    lists = _lists(statement, described.value, shard_map, shards)
-    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons, lists=lists)
+    if not situation.demand.partial:
+        targets = tuple(target_of(shard, kind, situation, rng) for shard in shards)
+        lists = _lists(statement, described.value, shard_map, shards)
+        return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons, lists=lists)
+    targets, missing = _present(shards, kind, situation, rng)
+    lists = _lists(statement, described.value, shard_map, tuple(t.shard for t in targets))
+    reasons = (*reasons, "sqlroute_partial: a shard that cannot answer is left out")
+    return Plan(Tier.SCATTER, targets, kind.value, epoch, reasons, lists=lists, missing=missing)
+
+
+def _present(
+    shards: tuple[str, ...], kind: Kind, situation: Situation, rng: Random
+) -> tuple[tuple[Target, ...], tuple[Missing, ...]]:
+    """Return where a partial answer comes from, and the shards that it is without.
+
+    Raises:
+        TopologyError: no shard is left.
+    """
+    targets: list[Target] = []
+    missing: list[Missing] = []
+    first: TopologyError | None = None
+    for shard in shards:
+        try:
+            if shard in situation.silent:
+                raise situation.silent[shard]
+            targets.append(target_of(shard, kind, situation, rng))
+        except (NoPrimary, NoEligibleNode, ShardMapUnavailable) as error:
+            first = first or error
+            missing.append(Missing(shard, "", str(error)))
+    if first is not None and not targets:
+        raise first
+    return tuple(targets), tuple(missing)
 
 
 def _single(

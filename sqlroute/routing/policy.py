@@ -75,6 +75,7 @@ class Demand:
         role: PRIMARY to read from the primary; REPLICA where the caller vouches that what cannot
             be proved to be a read is one.
         by_coordinator: the caller wants the coordinator to answer.
+        partial: a read of several shards is answered without those that cannot answer now.
         snapshot: an isolation level that holds a snapshot was asked for, which a read in
             AUTOCOMMIT does not: so it needs a transaction.
     """
@@ -85,6 +86,7 @@ class Demand:
     role: Role | None = None
     snapshot: str | None = None
     by_coordinator: bool = False
+    partial: bool = False
 
     @property
     def only_reads(self) -> bool:
@@ -132,6 +134,17 @@ def tier_named(name: Any) -> bool:
     if name == "coordinator":
         return True
     raise UnknownName(f"unknown tier {name!r}; sqlroute_tier may be: coordinator")
+
+
+def partial_named(value: Any) -> bool:
+    """Return whether an answer may be partial.
+
+    Raises:
+        UnknownName: it is no bool.
+    """
+    if isinstance(value, bool):
+        return value
+    raise UnknownName(f"sqlroute_partial={value!r}; it is True or False")
 
 
 def _named(kind: type[_Named], name: Any, what: str) -> _Named:
@@ -182,6 +195,8 @@ class Policy:
             may be promoted at this moment.
         max_held: write transactions of a process that wait for a shard while an operation holds it;
             what comes beyond these is refused at once.
+        max_scatter_rows: a statement on several shards may fetch from all of them together, streams
+            excepted; 0 for any number.
         no_scatter: statements on several shards are not merged but refused.
         no_coordinator: nothing is sent to a coordinator; what only that could answer is refused.
         deadline: of sessions that name none: how long each may wait in all; ``None`` for no limit.
@@ -212,6 +227,7 @@ class Policy:
     connect_timeout: float = 5.0
     primary_wait: float = 5.0
     max_held: int = 1000
+    max_scatter_rows: int = 0
     no_scatter: bool = False
     no_coordinator: bool = False
     deadline: float | None = None

@@ -19,6 +19,7 @@ from sqlroute.errors import (
     NoPrimary,
     PlanError,
     ReadOnlyRefused,
+    ShardMapUnavailable,
 )
 from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.affinity import Affinity, ShardAffinity
@@ -72,6 +73,7 @@ class Situation:
         turns: a counter for each shard, for round robin.
         admit: asked with the shard and the reads per second that its primary may take in place of
             replicas; says if it may take this one. Without it there is no limit.
+        silent: shards that were asked to confirm the shard map and did not, with what to say.
         may_repeat: nodes of ``exclude`` may be tried once more when nothing else is left.
     """
 
@@ -90,6 +92,7 @@ class Situation:
     turns: Mapping[str, Iterator[int]] | None = None
     admit: Callable[[str, float], bool] | None = None
     may_repeat: bool = False
+    silent: Mapping[str, ShardMapUnavailable] = field(default_factory=dict)
 
     def renew(self, health: Health, maps: Mapping[str, ShardMap]) -> None:
         """Take over what has become known meanwhile."""
@@ -124,11 +127,17 @@ def kind_of(statement: Statement, situation: Situation) -> Kind:
     """Return what a statement counts as, with what the caller vouches for.
 
     Raises:
+        PlanError: what the caller asks for is not to be had for it.
         ReadOnlyRefused: only reads were declared, and it is none.
     """
     kind, demand = statement.kind, situation.demand
     if kind is Kind.READ:
         return Kind.VOUCHED if statement.calls_foreign and not demand.only_reads else kind
+    if demand.partial:
+        raise PlanError(
+            f"sqlroute_partial on what is not proved to be a read ({statement.reasons[0]}): only "
+            "reads are answered without a shard; leave it out"
+        )
     if demand.role is Role.REPLICA:
         if kind is Kind.WRITE:
             raise PlanError(
@@ -198,7 +207,8 @@ def _for_vouched(shard: str, tie: ShardAffinity, situation: Situation, rng: Rand
     if situation.demand.only_reads:
         raise NoEligibleNode(
             f"what cannot be proved to be a read needs a replica of shard {shard} in a session "
-            f"declared {situation.demand.intent.value}, and there is none: {found.reason}"
+            f"declared {situation.demand.intent.value}, and there is none: {found.reason}",
+            shard,
         )
     return made(shard, found.node, True, True, found.reason)
 
@@ -402,7 +412,7 @@ def _fallback(
         why = f"in doubt, but no other may take it: {reasons}"
         return made(shard, chosen.node, False, within, why, sessional, chosen.life)
     if refused:
-        raise NoEligibleNode(refused)
+        raise NoEligibleNode(refused, shard)
     return made(shard, _primary(shard, situation), True, within, "")  # says that there is none
 
 

@@ -5,7 +5,8 @@ Sync: each function runs in a greenlet of its own. Where it would block on a ser
 greenlet goes on. So servers work in parallel while Session, ORM and identity map see one thread.
 Async: the same functions as tasks, since SQLAlchemy's async cursor gives way by itself.
 
-The first error cancels the others, on the servers too; a deadline bounds the whole.
+The first error cancels the others, on the servers too; a deadline bounds the whole. Where the
+caller spares an error, it becomes the result of its work instead, and the others go on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import Any
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
+from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqlroute.errors import DeadlineExceeded
@@ -34,6 +36,14 @@ CANCEL_PAUSES = (0.05, 0.1, 0.2, 0.4)
 Work = tuple[str, Callable[[], Any]]
 """A name for messages ("s0 (s0-b)") and what to do."""
 
+Spares = Callable[[BaseException], bool]
+"""Says if an error of one work, or the deadline, leaves the others their results."""
+
+
+def none_spared(_: BaseException) -> bool:
+    """Let every error end the whole."""
+    return False
+
 
 class Branch(greenlet):
     """The greenlet of one shard.
@@ -42,6 +52,7 @@ class Branch(greenlet):
         connection: psycopg's connection while a call is under way, to cancel it.
         cancelling: held while the server is asked to, so that no call ends before that: a cancel
             that comes late would hit the next statement of the connection.
+        is_abandoned: nobody waits for its result any more.
     """
 
     def __init__(self, name: str, function: Callable[[], Any]) -> None:
@@ -49,6 +60,7 @@ class Branch(greenlet):
         self.name = name
         self.connection: Any = None
         self.cancelling = threading.Lock()
+        self.is_abandoned = False
 
     def call(self, cursor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         """Hand a blocking call to the hub and wait for its result, other branches running on."""
@@ -62,26 +74,35 @@ class Branch(greenlet):
                 self.connection = None
 
 
-def scatter(works: Sequence[Work], threads: ThreadPoolExecutor, timeout: float) -> list[Any]:
-    """Run the works in parallel and return their results in order.
+def scatter(
+    works: Sequence[Work],
+    threads: ThreadPoolExecutor,
+    timeout: float,
+    spares: Spares = none_spared,
+) -> list[Any]:
+    """Run the works in parallel and return their results in order, a spared error as its own.
 
     Args:
         works: one per shard.
         threads: where blocking calls go.
         timeout: seconds for all of them together.
+        spares: which errors do not end the whole.
 
     Raises:
         DeadlineExceeded: not all were done in time; names those that were not.
         Exception: the first error of a work, after all others have ended.
     """
-    hub = _Hub(threads, time.monotonic() + timeout, timeout)
+    hub = _Hub(threads, time.monotonic() + timeout, timeout, spares)
     for name, function in works:
         hub.start(name, function)
     return hub.run()
 
 
 class _Hub:
-    def __init__(self, threads: ThreadPoolExecutor, deadline: float, timeout: float) -> None:
+    def __init__(
+        self, threads: ThreadPoolExecutor, deadline: float, timeout: float, spares: Spares
+    ) -> None:
+        self._spares = spares
         self._threads = threads
         self._deadline = deadline
         self._timeout = timeout
@@ -104,15 +125,11 @@ class _Hub:
                 done, _ = wait(self._pending, left, FIRST_COMPLETED)
             except BaseException as interrupt:  # the threads must end before we do
                 self._fail(interrupt)
+                self._error = interrupt  # whatever has ended it before
                 continue
             if not done:
-                late = ", ".join(branch.name for branch in self._pending.values())
-                self._fail(
-                    DeadlineExceeded(
-                        f"no answer within {self._timeout:g} s from {late}; "
-                        "raise scatter_timeout or restrict the statement"
-                    )
-                )
+                late = [b.name for b in self._branches if b in self._pending.values()]
+                self._fail(_late(late, self._timeout))
                 continue
             for future in done:
                 branch = self._pending.pop(future)
@@ -121,9 +138,9 @@ class _Hub:
                     self._resume(branch, branch.switch, future.result())
                 else:
                     self._resume(branch, branch.throw, error)
-        if self._error is not None:
+        if self._error is not None and not self._spares(self._error):
             raise self._error
-        return [self._results[branch] for branch in self._branches]
+        return [self._results.get(branch, self._error) for branch in self._branches]
 
     def _resume(self, branch: Branch, enter: Callable[..., Any], *arguments: Any) -> None:
         """Let a branch run until its next blocking call, or its end."""
@@ -132,8 +149,11 @@ class _Hub:
             if self._error is not None and not branch.dead:  # it would try again elsewhere
                 found = branch.throw(_Abandoned("another shard has failed"))
         except BaseException as error:  # raised by run() when all have ended
-            error.add_note(f"on {branch.name}")
-            self._fail(error)
+            _locate(error, branch.name)
+            if self._error is None and self._spares(error):
+                self._results[branch] = error
+            else:
+                self._fail(error)
             return
         if branch.dead:
             self._results[branch] = found
@@ -145,13 +165,35 @@ class _Hub:
             return
         self._error = error
         for branch in self._pending.values():
+            branch.is_abandoned = True
             if branch.connection is not None:
                 thread = threading.Thread(target=_cancel, args=(branch,), daemon=True)
                 thread.start()
 
 
+def is_abandoned() -> bool:
+    """Say if nobody waits for what runs here any more, so that it need not try again."""
+    branch = getcurrent()
+    return isinstance(branch, Branch) and branch.is_abandoned
+
+
 class _Abandoned(Exception):
     """Thrown into a branch whose result nobody waits for any more."""
+
+
+def _locate(error: BaseException, name: str) -> None:
+    """Have an error say where it comes from; SQLAlchemy's own in its text."""
+    if isinstance(error, StatementError):
+        error.add_detail(f"on {name}")
+    else:
+        error.add_note(f"on {name}")
+
+
+def _late(names: Sequence[str], timeout: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"no answer within {timeout:g} s from {', '.join(names)}; raise scatter_timeout, or the "
+        "session's deadline, or restrict the statement"
+    )
 
 
 def _cancel(branch: Branch) -> None:
@@ -191,36 +233,40 @@ def is_useless(connection: Any) -> bool:
     )
 
 
-def scatter_async(works: Sequence[Work], timeout: float) -> list[Any]:
+def scatter_async(works: Sequence[Work], timeout: float, spares: Spares = none_spared) -> list[Any]:
     """Do the same under AsyncSession: called in its greenlet, it awaits one task per work.
 
     Raises: as :func:`scatter`.
     """
-    result: list[Any] = await_only(_gather(works, timeout))
+    result: list[Any] = await_only(_gather(works, timeout, spares))
     return result
 
 
-async def _gather(works: Sequence[Work], timeout: float) -> list[Any]:
+async def _gather(works: Sequence[Work], timeout: float, spares: Spares) -> list[Any]:
     import asyncio
 
     tasks = [asyncio.create_task(greenlet_spawn(function), name=name) for name, function in works]
     try:
-        done, pending = await asyncio.wait(
-            tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION
-        )
-        failed = next((t for t in tasks if t in done and t.exception() is not None), None)
-        if failed is not None:
-            error = failed.exception()
-            assert error is not None
-            error.add_note(f"on {failed.get_name()}")
-            raise error
-        if pending:
-            late = ", ".join(task.get_name() for task in tasks if task in pending)
-            raise DeadlineExceeded(
-                f"no answer within {timeout:g} s from {late}; "
-                "raise scatter_timeout or restrict the statement"
+        until = time.monotonic() + timeout
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=max(0.0, until - time.monotonic()),
+                return_when=asyncio.FIRST_EXCEPTION,
             )
-        return [task.result() for task in tasks]
+            for task in done:
+                error = task.exception()
+                if error is not None:
+                    _locate(error, task.get_name())
+                    if not spares(error):
+                        raise error
+            if not done:
+                break
+        late = _late([task.get_name() for task in tasks if task in pending], timeout)
+        if pending and not spares(late):
+            raise late
+        return [late if task in pending else task.exception() or task.result() for task in tasks]
     finally:
         await _abandon([task for task in tasks if not task.done()])
         for task in tasks:

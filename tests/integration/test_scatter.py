@@ -156,7 +156,7 @@ class TestErrors:
         with pytest.raises(exc.DataError, match="division by zero") as caught:
             session.execute(select(fails_on(filled, shard)))
         assert time.monotonic() - began < 3
-        assert f"on {shard}" in str(caught.value.__notes__)
+        assert f"(on {shard} (" in str(caught.value)
         assert filled.checked_out == 0
         assert session.scalar(select(func.count()).select_from(Customer)) == 10
         for node in filled.servers.nodes:

@@ -86,9 +86,9 @@ def health(of: Topology, facts: Mapping[str, Mapping[str, Any]] | None = None) -
 def situation(of: Topology, **changes: Any) -> Situation:
     """Make the situation in which all is well, then change it.
 
-    ``loads`` are numbers; ``shard``, ``role``, ``intent`` and ``snapshot`` are demands.
+    ``loads`` are numbers; ``shard``, ``role``, ``intent``, ``snapshot``, ``partial`` are demands.
     """
-    names = ("shard", "role", "intent", "snapshot")
+    names = ("shard", "role", "intent", "snapshot", "partial")
     demands = {name: changes.pop(name) for name in names if name in changes}
     policy = changes.get("policy", Policy())
     changes["loads"] = {n: range(count) for n, count in changes.get("loads", {}).items()}

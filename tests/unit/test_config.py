@@ -34,6 +34,7 @@ probe_deadline = 0.25
 map_lease = "10s"
 token_wait = 0
 scatter_timeout = "1.5s"
+max_scatter_rows = 10_000
 primary_fallback = false
 pool_size = 7
 max_overflow = -1
@@ -103,6 +104,7 @@ def test_a_file_gives_a_topology_and_a_policy(tmp_path: Path) -> None:
         map_lease=10.0,
         token_wait=0.0,
         scatter_timeout=1.5,
+        max_scatter_rows=10_000,
         primary_fallback=False,
         pool_size=7,
         max_overflow=-1,

@@ -117,6 +117,7 @@ class TestRefusals:
         [
             ({"policy": Policy(no_coordinator=True)}, "the policy no_coordinator forbids it"),
             ({"demand": Demand(role=Role.REPLICA)}, "it reads from primaries"),
+            ({"demand": Demand(partial=True)}, "it reads all shards or none, and sqlroute_partial"),
             ({"demand": Demand(snapshot="SERIALIZABLE")}, "several shards have no common snapshot"),
         ],
     )

@@ -9,7 +9,13 @@ import pytest
 import sqlalchemy as sa
 from planning import EVERY, FOUR, health, planned, shards, situation, statements, topology
 
-from sqlroute.errors import CrossShardRefused, MissingShardKey, NoPrimary
+from sqlroute.errors import (
+    CrossShardRefused,
+    MissingShardKey,
+    NoPrimary,
+    PlanError,
+    ShardMapUnavailable,
+)
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.plan import Tier
 from sqlroute.routing.planner import (
@@ -310,5 +316,76 @@ class TestNodes:
 
         assert found["tier"] == "single"
         assert found["targets"][0]["role"] == "replica"
-        names = {"tier", "kind", "epoch", "coordinators", "targets", "merge", "reasons"}
+        names = {"tier", "kind", "epoch", "coordinators", "targets", "missing", "merge", "reasons"}
         assert set(found) == names
+
+
+class TestPartial:
+    """Shards that cannot answer are left out of a read of several, if the caller says so."""
+
+    of = topology(s0="ab", s1="ab", s2="a")
+    keys = tuple(range(1, 40))
+
+    def around(self, *gone: str, **changes: Any) -> Any:
+        facts = {node: {"down": "connection refused"} for node in gone}
+        return situation(self.of, **{"partial": True, "health": health(self.of, facts), **changes})
+
+    def test_the_others_answer_and_it_is_named(self) -> None:
+        found = planned(sa.select(Customer), of=self.around("s1-a", "s1-b"))
+
+        assert (found.tier, found.shards) == (Tier.SCATTER, ("s0", "s2"))
+        (missing,) = found.missing
+        assert missing.shard == "s1"
+        assert "s1-a is down (connection refused)" in missing.reason
+
+    def test_a_shard_that_is_left_answers_alone(self) -> None:
+        """Merged still: what it is sent is a part of an aggregate."""
+        found = planned(sa.select(Customer), of=self.around("s1-a", "s1-b", "s2-a"))
+
+        assert (found.tier, found.shards) == (Tier.SCATTER, ("s0",))
+
+    def test_a_shard_with_a_replica_is_not_left_out(self) -> None:
+        found = planned(sa.select(Customer), of=self.around("s1-a"))
+
+        assert found.shards == ("s0", "s1", "s2")
+        assert found.missing == ()
+
+    def test_a_shard_that_did_not_confirm_the_map_is_left_out(self) -> None:
+        silent = {"s2": ShardMapUnavailable("shard s2 did not confirm epoch 1", "s2")}
+        found = planned(sa.select(Customer), of=self.around(silent=silent))
+
+        assert found.shards == ("s0", "s1")
+        assert [str(gone) for gone in found.missing] == ["s2: shard s2 did not confirm epoch 1"]
+
+    def test_each_shard_is_sent_its_own_keys(self) -> None:
+        statement = sa.select(Customer).where(Customer.id.in_(self.keys))
+        whole = planned(statement, of=situation(self.of))
+        found = planned(statement, of=self.around("s1-a", "s1-b"))
+
+        def lists(plan: Any) -> dict[str, Any]:
+            sent = (list(mine.values()) for mine in plan.lists)
+            return dict(zip(plan.shards, sent, strict=True))
+
+        assert lists(found) == {k: v for k, v in lists(whole).items() if k != "s1"}
+
+    def test_no_shard_at_all_is_an_error(self) -> None:
+        with pytest.raises(NoPrimary, match="shard s0 has no primary"):
+            planned(sa.select(Customer), of=self.around("s0-a", "s0-b", "s1-a", "s1-b", "s2-a"))
+
+    def test_without_it_a_shard_that_is_down_is_an_error(self) -> None:
+        with pytest.raises(NoPrimary, match="shard s1 has no primary"):
+            planned(sa.select(Customer), of=self.around("s1-a", "s1-b", partial=False))
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            sa.update(Customer).where(Customer.id == ONE).values(name="x"),
+            sa.insert(Customer).values(id=ONE, name="x"),
+            sa.select(Customer).with_for_update(),
+            sa.text("SELECT something()"),
+        ],
+        ids=["update", "insert", "lock", "unknown"],
+    )
+    def test_only_reads_may_be(self, statement: Any) -> None:
+        with pytest.raises(PlanError, match="sqlroute_partial on what is not proved to be a read"):
+            planned(statement, of=self.around())
