@@ -13,25 +13,29 @@ from pathlib import Path
 from .figures import FIGURES
 from .pairs import Figure
 from .promotion import Counts, promotion
+from .streams import Sizes, merge, stream_memory
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *FIGURES], help="default: all")
-    for name, what in (
-        ("switchovers", "switchovers"),
-        ("kills", "kills, of each way to fail over"),
-        ("patroni", "switchovers of Patroni, 0 for none"),
+    for name, default, what in (
+        ("switchovers", Counts().switchovers, "of promotion: switchovers"),
+        ("kills", Counts().kills, "of promotion: kills, of each way to fail over"),
+        ("patroni", Counts().patroni, "of promotion: switchovers of Patroni, 0 for none"),
+        ("merged", Sizes().merged, "of merge: rows of all shards together"),
+        ("streamed", Sizes().streamed, "of stream_memory: rows of all shards together"),
     ):
-        parser.add_argument(
-            f"--{name}", type=int, default=getattr(Counts(), name), help=f"of promotion: {what}"
-        )
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--json", action="store_true", help="one document on stdout")
     options = parser.parse_args()
     counts = Counts(options.switchovers, options.kills, options.patroni)
+    sizes = Sizes(options.merged, options.streamed)
     figures: dict[str, Callable[[Path], list[Figure]]] = {
         **FIGURES,
         "promotion": partial(promotion, counts=counts),
+        "merge": partial(merge, sizes=sizes),
+        "stream_memory": partial(stream_memory, sizes=sizes),
     }
     documents = []
     with tempfile.TemporaryDirectory(prefix="sqlroute-bench-", dir="/var/tmp") as directory:

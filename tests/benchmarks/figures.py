@@ -7,23 +7,24 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from sqlroute.routing.hashing import KeyKind, bucket_of
 
 from .outage import outage
 from .pairs import Figure, compare, compare_async
-from .planning import plan_cached, plan_new, token_check
+from .planning import plan_cached, plan_new, scale_shards, token_check
 from .promotion import promotion
 from .proxies import versus_proxies
+from .scattered import order_limit, scatter
 from .servers import ROWS, Account, bench
+from .streams import merge, stream_memory
 from .trips import round_trips
 from .watching import watching
 
@@ -162,35 +163,6 @@ def keyed_in_transaction(directory: Path) -> list[Figure]:
                     one.close()
 
 
-def scatter(directory: Path) -> list[Figure]:
-    """A statement of 20 ms on 4 shards at once, against the slowest of them alone."""
-    with bench(directory, 4, 0) as b:
-        nap = select(func.pg_sleep(0.02)).scalar_subquery()  # evaluated once a statement
-        slow = select(func.count()).select_from(Account).where(nap.is_not(None))
-        routed = b.router.sessionmaker()
-        plain = {shard: b.plain(node) for shard, node in b.primaries().items()}
-
-        def by_router(_: int) -> None:
-            with routed() as session:
-                assert session.scalar(slow) == ROWS
-
-        def timed(maker: sessionmaker[Session]) -> float:
-            start = time.perf_counter()
-            with maker() as session:
-                session.scalar(slow)
-            return time.perf_counter() - start
-
-        medians = {
-            shard: sorted(timed(maker) for _ in range(21))[10] for shard, maker in plain.items()
-        }
-        slowest = plain[max(medians, key=lambda shard: medians[shard])]
-
-        def by_hand(_: int) -> None:
-            timed(slowest)
-
-        return [compare("scatter", 1.30, by_router, by_hand, rounds=10, calls=15)]
-
-
 def importing(directory: Path) -> list[Figure]:
     """Importing what an application uses, beside sqlalchemy.orm: at most 60 ms more.
 
@@ -230,7 +202,11 @@ FIGURES: dict[str, Callable[[Path], list[Figure]]] = {
     "plan_cached": plan_cached,
     "plan_new": plan_new,
     "token_check": token_check,
+    "scale_shards": scale_shards,
     "scatter": scatter,
+    "merge": merge,
+    "order_limit": order_limit,
+    "stream_memory": stream_memory,
     "import": importing,
     "versus_proxies": versus_proxies,
     "watching": watching,

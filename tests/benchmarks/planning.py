@@ -7,11 +7,12 @@ would show what else runs.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from sqlalchemy import select
@@ -37,12 +38,12 @@ BATCH = 200
 SHAPE_ROUNDS = 5
 
 
-def topology(shards: int) -> Topology:
+def topology(shards: int, buckets: int = 64) -> Topology:
     """Return a keyspace whose shards have a primary and two replicas each."""
     made = tuple(
         Shard(f"s{i}", tuple(Node(f"s{i}-{letter}") for letter in "abc")) for i in range(shards)
     )
-    return Topology((Keyspace("shop", made, 64),))
+    return Topology((Keyspace("shop", made, buckets),))
 
 
 def healthy(of: Topology) -> Health:
@@ -69,8 +70,8 @@ def healthy(of: Topology) -> Health:
 class Bench:
     """A planner and what it knows of a healthy topology."""
 
-    def __init__(self, shards: int, affinity: Affinity | None = None) -> None:
-        self.topology = topology(shards)
+    def __init__(self, shards: int, affinity: Affinity | None = None, *, buckets: int = 64) -> None:
+        self.topology = topology(shards, buckets)
         self.planner = Planner(self.topology)
         self._health = healthy(self.topology)
         self._policy = Policy()
@@ -168,6 +169,28 @@ def plan_new(_: Path) -> list[Figure]:
             notes.append(f"the {len(merged)} of them that are merged: {median(merged):.0f} us")
         found.append(figure_of(f"plan_new: {name}", 400, orm, "us", tuple(notes)))
     return found
+
+
+def scale_shards(_: Path) -> list[Figure]:
+    """Planning a keyed read over 1,024 shards, against the same over 4; each read has another key.
+
+    Both know 4,096 buckets.
+    """
+    many, few = (Bench(shards, buckets=4_096) for shards in (1_024, 4))
+    keys = itertools.count()
+
+    def by_key() -> list[Any]:
+        return [select(Customer).where(Customer.id == next(keys)) for _ in range(BATCH)]
+
+    pairs = [
+        (median(_each(many.plan, by_key, 1)), median(_each(few.plan, by_key, 1)))
+        for _ in range(ROUNDS)
+    ]
+    low, _, high = quantiles([a / b for a, b in pairs], n=4)
+    wide, narrow = (median(side) for side in zip(*pairs, strict=True))
+    return [
+        Figure("scale_shards", wide / narrow, 1.1, (low, high), routed_us=wide, plain_us=narrow)
+    ]
 
 
 def _first_times(bench: Bench, make: Callable[[], Iterator[Any]]) -> list[float]:
