@@ -94,12 +94,17 @@ class TestResults:
         assert session.query(Customer).order_by(Customer.score).first().score == 0  # type: ignore[union-attr]
 
     def test_shards_work_at_the_same_time(self, filled: Shop, session: RoutingSession) -> None:
-        """Two times 0.2 s take less than 0.35 s."""
+        """Two times 0.2 s take less than 0.35 s, in one of a few tries on a busy machine."""
         statement = select(Customer.score, func.pg_sleep(0.04))
         session.execute(statement.limit(1)).all()
-        began = time.monotonic()
-        session.execute(statement).all()
-        assert time.monotonic() - began < 0.35
+        taken = []
+        for _ in range(6):
+            began = time.monotonic()
+            session.execute(statement).all()
+            taken.append(time.monotonic() - began)
+            if taken[-1] < 0.35:
+                break
+        assert min(taken) < 0.35
 
     def test_a_limit_reads_no_more_rows(
         self, filled: Shop, session: RoutingSession, ran: Ran
