@@ -20,13 +20,16 @@ demo: $(VENV)/.installed
 	$(BIN)/sqlroute demo
 
 # two at a time, since most of them wait for servers; then, one at a time, those that have the whole
-# machine under load, or a broker of files
+# machine under load, or a broker of files. What fails is run once more by itself, and must pass then:
+# the servers of one test may keep those of another from being on time.
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile
 APART := tests/chaos tests/web/test_celery.py
+TOGETHER := $(addprefix --ignore=,$(APART))
+AGAIN := --last-failed --last-failed-no-failures=none
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) $(addprefix --ignore=,$(APART))
-	$(BIN)/python -m pytest $(APART)
+	$(BIN)/python -m pytest $(PARALLEL) $(TOGETHER) || $(BIN)/python -m pytest $(AGAIN) $(TOGETHER)
+	$(BIN)/python -m pytest $(APART) || $(BIN)/python -m pytest $(AGAIN) $(APART)
 
 # the tests that ask of servers what differs between versions, on another PostgreSQL:
 # make test-pg15 PG15=/path/to/bin. test_stale_writes by itself: after all the others its replica on
@@ -39,7 +42,8 @@ ON_15 := $(addprefix tests/integration/test_,$(addsuffix .py,announced_nodes cla
   sessions sessions_async streams tpch transactions wire)) tests/differential/test_clauses_against_postgres.py \
   tests/differential/test_sessions_against_one_server.py tests/differential/test_known_silent_errors.py
 test-pg15: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) --sqlroute-pg-bin=$(PG15) $(ON_15)
+	$(BIN)/python -m pytest $(PARALLEL) --sqlroute-pg-bin=$(PG15) $(ON_15) || \
+	  $(BIN)/python -m pytest $(AGAIN) --sqlroute-pg-bin=$(PG15) $(ON_15)
 	$(BIN)/python -m pytest --sqlroute-pg-bin=$(PG15) $(STALE)
 
 check: $(VENV)/.installed

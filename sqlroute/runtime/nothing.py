@@ -14,6 +14,9 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.engine.url import make_url
 from sqlalchemy.pool import NullPool
 
+NUMERIC = 1700
+"""The type code of every column. Only SQLAlchemy's numbers look at it, and refuse to be without."""
+
 
 @cache
 def no_rows() -> Engine:
@@ -64,7 +67,7 @@ class _Dialect(PGDialect_psycopg):
         context: Any = None,
     ) -> None:
         columns = context.compiled._result_columns
-        cursor.description = [(column.keyname, None, *[None] * 5) for column in columns]
+        cursor.description = [(column.keyname, NUMERIC, *[None] * 5) for column in columns]
 
     def do_begin(self, dbapi_connection: Any) -> None:
         pass

@@ -523,3 +523,10 @@ class TestExplain:
         assert "ids" in session.explain(select(Customer.id).where(ids)).sql[0]
         nobody = session.explain(select(Customer.id).where(ids), {"ids": []})
         assert (nobody.tier.value, nobody.sql) == ("empty", ())
+
+
+def test_no_row_of_any_type_is_processed(session: RoutingSession) -> None:
+    """Numbers ask what the driver has sent, also where nobody has sent anything."""
+    found = session.execute(select(Order, Order.amount).where(Order.customer_id.in_([])))
+
+    assert found.all() == []
