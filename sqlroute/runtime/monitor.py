@@ -289,8 +289,10 @@ class Monitor:
     # inside
 
     def _make_locks(self) -> None:
-        self._life = threading.Lock()
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector runs in any thread, also within these, and may unwind a
+        # session whose connection is lost, which is then reported here.
+        self._life = threading.RLock()
+        self._lock = threading.RLock()
         self._all_seen = threading.Event()
         self._unseen = set(self._health.nodes)
         self._rounds = {}
@@ -301,10 +303,15 @@ class Monitor:
         with self._lock:
             old = self._health
             # A concurrent set_topology may have taken the shard away.
-            if shard in old.shards:
-                new = self._health = change(old)
-                if new is not old:
-                    self._news.append((old, new, shard))
+            if shard not in old.shards:
+                return
+            new = change(old)
+            while old is not self._health:  # this thread's garbage collector has changed it
+                old = self._health
+                new = change(old)
+            self._health = new
+            if new is not old:
+                self._news.append((old, new, shard))
 
     def _run_unless_closed(self) -> None:
         with self._life:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import select
@@ -749,6 +750,40 @@ def test_a_shard_that_is_used_again_is_watched_again(
     for _ in range(3):
         before = monitor.health.of(nodes[0].name).seen_at
         assert until(lambda at=before: monitor.health.of(nodes[0].name).seen_at > at) < 5 * INTERVAL
+
+
+def test_what_the_garbage_collector_reports_stops_nobody(make_monitor: MakeMonitor) -> None:
+    """It runs within any function, and may end what holds a connection that is lost."""
+    nodes = [Node(name, host="127.0.0.1", port=1) for name in ("s0-a", "s0-b")]
+    monitor = make_monitor(nodes)
+
+    class Held:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            monitor.report_failure("s0-b", "server closed the connection")
+
+    def report() -> None:
+        for objects in range(1, 400):  # until it runs: so it runs at any moment of a report
+            gc.collect()
+            Held()
+            gc.set_threshold(objects)
+            monitor.report_failure("s0-a", "server closed the connection")
+
+    before = gc.get_threshold()
+    gc.freeze()  # what was there before: it is not to be looked through each time
+    try:
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        thread.join(20)
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+    assert not thread.is_alive()
+    assert monitor.health.of("s0-a").state is State.DOWN
+    assert monitor.health.of("s0-b").state is State.DOWN
 
 
 def test_a_new_router_watches_from_the_start(servers: LocalTopology) -> None:
