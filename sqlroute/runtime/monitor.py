@@ -93,8 +93,8 @@ class Monitor:
             that a thousand hanging servers do not delay the news of the others.
     """
 
-    _life: threading.Lock
-    _lock: threading.Lock
+    _life: threading.RLock
+    _lock: threading.RLock
     _all_seen: threading.Event
     _unseen: set[str]
     _rounds: dict[str, Future[None]]
