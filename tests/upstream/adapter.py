@@ -65,6 +65,11 @@ class _SameServer:
             self.health = observe(self.health, observation, now)
         return self.health
 
+    @property
+    def last_health(self) -> Health:
+        """What was seen last is what is."""
+        return self.health
+
     def asking(self, shard: str) -> Future[None]:
         """The answer is there."""
         self.ask(shard, 0.0)
