@@ -44,6 +44,7 @@ def test_a_lost_write_is_told_and_a_kept_one_is_read(
             session.commit()
             kept = session.token
         for node in (heir, other):
+            until(lambda n=node: sql(n, "SELECT to_regclass('note')"))  # the table is there, too
             until(lambda n=node: sql(n, "SELECT count(*) FROM note") == 1)
             sql(node, "ALTER SYSTEM SET primary_conninfo = ''")
             sql(node, "SELECT pg_reload_conf()")
