@@ -128,5 +128,10 @@ def _cursor(result: Result[Any]) -> CursorResult[Any]:
 
 
 def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:
-    """Yield rows; joined eager rows of one entity are one row already."""
-    yield from (tuple(row) for row in (result.unique() if entities else result))
+    """Return the rows as tuples; joined eager rows of one entity are one row already."""
+    if entities:
+        return map(tuple, result.unique())
+    if isinstance(result, CursorResult):
+        return map(tuple, result)
+    rows: Any = result._raw_row_iterator()  # the ORM has made tuples, or objects where it is alone
+    return zip(rows) if result._source_supports_scalars else rows

@@ -2,23 +2,24 @@
 
 It takes one iterable of rows per shard and a :class:`MergeSpec`, and gives an iterator of visible
 rows: a k-way merge for ORDER BY, hash aggregation for aggregates and GROUP BY, else one shard
-after the other; then HAVING, DISTINCT, OFFSET and LIMIT. It reads no more rows than it needs,
-holds one row per shard (or one per group, or per distinct row of one place in the order), does no
-I/O itself and closes nothing: the iterables belong to the caller.
+after the other; then HAVING, DISTINCT, OFFSET and LIMIT. It reads no more rows of a shard than the
+answer may need, holds a block of rows per shard (or one per group, or per distinct row of one place
+in the order), does no I/O itself and closes nothing: the iterables belong to the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import merge as merge_sorted
 from itertools import chain, islice, takewhile
+from operator import itemgetter
 from typing import Any
 
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.combining import Aggregate, Conversion, Row, State, combiner, finisher
 from sqlroute.routing.expressions import Term, Values, evaluate
-from sqlroute.routing.ordering import Family, RowKey, SortTerm, encoder, row_key
+from sqlroute.routing.interleaving import BLOCK, in_order
+from sqlroute.routing.ordering import Family, RowKey, SortTerm, block_key, encoder, row_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +130,14 @@ def describe_steps(
     return tuple(steps) or ("shard after shard",)
 
 
-def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec) -> Iterator[Row]:
+def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec, block: int = BLOCK) -> Iterator[Row]:
     """Return the visible rows of the answer, as an iterator that reads the parts as it goes.
 
     Args:
         parts: the rows of each shard, visible then hidden columns; sorted by the shard as
             ``spec.order`` says when there is no grouping. Ties come in the order of the parts.
         spec: from :func:`sqlroute.routing.rewrite.rewritten`.
+        block: rows that are held of each shard at a time.
 
     Raises:
         CrossShardRefused: while iterating, where PostgreSQL would raise an overflow, or where the
@@ -146,27 +148,22 @@ def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec) -> Iterator[Row]:
     for column, meaning in spec.alike:
         seen: list[Any] = []
         parts = [_alike(part, column, meaning, seen) for part in parts]
+    stop = None if spec.limit is None else spec.offset + spec.limit
     rows: Iterable[Row]
     if spec.grouping is not None:
         rows = _grouped(parts, spec.grouping, spec.order, spec.values)
     elif spec.order:
-        rows = merge_sorted(*parts, key=row_key(spec.order))
+        rows = in_order(parts, block_key(spec.order), block if stop is None else min(block, stop))
     else:
         rows = chain.from_iterable(parts)
     if spec.distinct is not None:
         rows = _distinct(rows, spec.distinct, spec.order)
     if spec.limit is not None or spec.offset:
-        stop = None if spec.limit is None else spec.offset + spec.limit
         if spec.ties and stop is not None:
             rows = _with_ties(rows, stop, row_key(spec.order))
             stop = None
         rows = islice(rows, spec.offset, stop)
-    return _visible(rows, spec.hidden) if spec.hidden else iter(rows)
-
-
-def _visible(rows: Iterable[Row], hidden: int) -> Iterator[Row]:
-    for row in rows:
-        yield row[:-hidden]
+    return map(itemgetter(slice(-spec.hidden)), rows) if spec.hidden else iter(rows)
 
 
 def _alike(part: Iterable[Row], column: int, meaning: str, seen: list[Any]) -> Iterator[Row]:

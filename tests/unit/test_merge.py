@@ -128,7 +128,7 @@ def test_no_more_rows_are_read_than_the_limit_needs() -> None:
     merged = merge([shard(0), shard(1)], MergeSpec(order=(term(),), limit=2, offset=1))
 
     assert [row[0] for row in merged] == [1, 2]
-    assert len(read) <= 5
+    assert len(read) <= 2 * 3  # LIMIT + OFFSET of each
 
 
 def test_limit_zero_reads_nothing() -> None:
