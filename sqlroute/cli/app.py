@@ -160,7 +160,7 @@ def status(context: typer.Context, path: Config = None, json: Json = False) -> N
 @app.command()
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per option of the command
     context: typer.Context,
-    sql: Annotated[str | None, typer.Argument(help="SQL text (needs sqlroute[parse]).")] = None,
+    sql: Annotated[str | None, typer.Argument(help="SQL text; needs the extra parse.")] = None,
     statement: Annotated[
         str | None, typer.Option("--statement", metavar="MODULE:NAME", help="Of SQLAlchemy.")
     ] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -83,20 +83,19 @@ def advice(document: Document) -> RenderableType:
 
 
 def _schemes(document: Document) -> RenderableType:
-    table = new_table(
-        "score", "one shard", "data spread", "several", "coordinator", "refused", "key"
-    )
+    shares, counts = ("score", "one shard", "data spread"), ("several", "coordinator", "refused")
+    table = new_table(*shares, *counts, "key", folding=("one shard", "data spread", "key"))
     for scheme in document["schemes"]:
         calls = scheme["calls"]
-        key = ", ".join(f"{name}.{column}" for name, column in scheme["key"].items())
-        shares = (f"{scheme[name]:.0%}" for name in ("score", "on_one_shard", "data_spread"))
-        counts = (calls[name] for name in ("several shards", "coordinator", "refused"))
-        table.add_row(*shares, *map(_text, counts), escaped(key))
+        key = "\n".join(f"{name}.{column}" for name, column in scheme["key"].items())
+        parts = (f"{scheme[name]:.0%}" for name in ("score", "on_one_shard", "data_spread"))
+        others = (calls[name] for name in ("several shards", "coordinator", "refused"))
+        table.add_row(*parts, *map(_text, others), escaped(key))
     return table
 
 
 def _judged(statements: list[Document]) -> RenderableType:
-    table = new_table("calls", "goes to", "why", "statement")
+    table = new_table("calls", "goes to", "why", "statement", folding=("why", "statement"))
     for one in statements:
         sql = one["sql"] if len(one["sql"]) <= SHOWN else one["sql"][: SHOWN - 1] + "…"
         table.add_row(_text(one["calls"]), one["reach"], escaped(one["why"]), escaped(sql))
@@ -198,11 +197,11 @@ def demo(document: Document) -> RenderableType:
     return stacked(*lines)
 
 
-def new_table(*columns: str, folding: str = "") -> Table:
+def new_table(*columns: str, folding: Sequence[str] = ()) -> Table:
     """Return a table with these columns.
 
     Args:
-        folding: the column that folds where there is not enough room; by default the first, which
+        folding: the columns that fold where there is not enough room; by default the first, which
             is a name: it folds before the others lose a digit.
     """
     from rich import box
@@ -210,7 +209,7 @@ def new_table(*columns: str, folding: str = "") -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column != (folding or columns[0]), overflow="fold")
+        table.add_column(column, no_wrap=column not in (folding or columns[:1]), overflow="fold")
     return table
 
 

@@ -30,10 +30,10 @@ _SHOWN = {
 
 
 def plan(document: Document) -> RenderableType:
-    checks = new_table("check", "", "seen", folding="seen")
+    checks = new_table("check", "", "seen", folding=("seen",))
     for check in document["checks"]:
         checks.add_row(check["check"], _MARKS[check["outcome"]], escaped(check["text"]))
-    steps = new_table("step", "", "what", folding="what")
+    steps = new_table("step", "", "what", folding=("what",))
     for step in document["steps"]:
         mark = "" if step["reversible"] else "[dim]no way back[/]"
         steps.add_row(step["step"], mark, escaped(step["text"]))
@@ -123,7 +123,9 @@ def removed(document: Document) -> RenderableType:
 
 
 def operations(document: Document) -> RenderableType:
-    found = new_table("operation", "kind", "shard", "state", "owner", "started", folding="started")
+    found = new_table(
+        "operation", "kind", "shard", "state", "owner", "started", folding=("started",)
+    )
     for each in document["operations"]:
         row = ("operation", "kind", "shard", "state", "owner", "started")
         found.add_row(*(escaped(str(each[name] or "-")) for name in row))
@@ -135,7 +137,7 @@ def operation(document: Document) -> RenderableType:
         f"[bold]{document['kind']}[/] {document['operation']} of shard "
         f"{escaped(document['shard'])}: {document['state']}, by {escaped(document['owner'] or '-')}"
     )
-    steps = new_table("step", "state", "ms", "seen", folding="seen")
+    steps = new_table("step", "state", "ms", "seen", folding=("seen",))
     for step in document["steps"]:
         ms = "" if step["ms"] is None else f"{step['ms']:.1f}"
         steps.add_row(step["name"], step["state"], ms, _detail(step["name"], step["detail"] or {}))
