@@ -230,10 +230,10 @@ def op_list(
     json: Json = False,
 ) -> None:
     """Show the operations of all shards, the newest first."""
-    from sqlroute.ops import commands
+    from sqlroute.ops import resuming
 
     settings = read_settings(path, context.obj)
-    context.obj.show(commands.list_operations(settings, shard), draw.operations)
+    context.obj.show(resuming.list_operations(settings, shard), draw.operations)
 
 
 @op.command("show")
@@ -241,10 +241,10 @@ def op_show(
     context: typer.Context, operation: str, path: Config = None, json: Json = False
 ) -> None:
     """Show an operation: its steps, and its report if it has ended."""
-    from sqlroute.ops import commands
+    from sqlroute.ops import resuming
 
     settings = read_settings(path, context.obj)
-    context.obj.show(commands.show_operation(settings, operation), draw.operation)
+    context.obj.show(resuming.show_operation(settings, operation), draw.operation)
 
 
 @op.command("resume")
@@ -252,10 +252,10 @@ def op_resume(
     context: typer.Context, operation: str, path: Config = None, json: Json = False
 ) -> None:
     """Go on with an operation whose command was killed."""
-    from sqlroute.ops import commands
+    from sqlroute.ops import resuming
 
     settings = read_settings(path, context.obj)
-    _show_end(context.obj, commands.resume(settings, operation, draw.progress(context.obj)))
+    _show_end(context.obj, resuming.resume(settings, operation, draw.progress(context.obj)))
 
 
 @op.command("abort")
@@ -263,10 +263,10 @@ def op_abort(
     context: typer.Context, operation: str, path: Config = None, json: Json = False
 ) -> None:
     """Take back an operation whose command was killed, as long as nothing is promoted."""
-    from sqlroute.ops import commands
+    from sqlroute.ops import resuming
 
     settings = read_settings(path, context.obj)
-    _show_end(context.obj, commands.abort(settings, operation, draw.progress(context.obj)))
+    _show_end(context.obj, resuming.abort(settings, operation, draw.progress(context.obj)))
 
 
 def register(app: typer.Typer) -> None:

@@ -26,7 +26,7 @@ from sqlroute.errors import OperationFailed, OperationRefused
 from sqlroute.local.node import LocalNode
 from sqlroute.local.topology import LocalTopology
 from sqlroute.operations import DriverSpec, Operator
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.planning import Wishes
 from sqlroute.ops.promotion import Progress, Report
 from sqlroute.ops.server import Server, wait_for
@@ -182,7 +182,7 @@ class Stage:
 
     def unended(self) -> list[str]:
         """Return the operations that wait for somebody to end them."""
-        found = commands.list_operations(self.settings)["operations"]
+        found = resuming.list_operations(self.settings)["operations"]
         return [o["operation"] for o in found if o["state"] in ("running", "abandoned")]
 
     def gives_way(self, work: Callable[[], Any]) -> Any:
@@ -291,9 +291,9 @@ class Stage:
 
     def _end(self, operation: str) -> None:
         try:
-            commands.abort(self.settings, operation)
+            resuming.abort(self.settings, operation)
         except OperationFailed:
-            commands.resume(self.settings, operation)
+            resuming.resume(self.settings, operation)
 
 
 # Commands that are killed
@@ -318,7 +318,7 @@ class Promoting:
                 return commands.failover(settings, SHARD, Wishes(**dict(self.wishes)), told=told)
             case "resume" | "abort" as verb:
                 (operation,) = self.arguments
-                do = commands.resume if verb == "resume" else commands.abort
+                do = resuming.resume if verb == "resume" else resuming.abort
                 return do(settings, operation, told)
             case "add":
                 from sqlroute.ops.replicas import place

@@ -22,7 +22,7 @@ from sqlroute.config import Settings, load
 from sqlroute.errors import OperationRefused
 from sqlroute.ext.patroni import Patroni
 from sqlroute.local.node import LocalNode
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.managed import QUERY, managed_by
 from sqlroute.ops.planning import Plan, Wishes
 from sqlroute.testing import free_ports
@@ -321,7 +321,7 @@ def test_a_promotion_around_patroni_s_own_fails_no_request(
     assert report.outcome == "done", report.waiting
     assert report.change.former == before.change.former
     assert catalog.health().primary("s0").node == report.change.candidate  # type: ignore[union-attr]
-    found = commands.list_operations(settings)["operations"][0]
+    found = resuming.list_operations(settings)["operations"][0]
     assert (found["kind"], found["state"]) == ("patroni switchover", "done")
     with psycopg.connect(**cluster.conninfo(report.change.candidate.removeprefix("s0-"))) as c:
         stored = {row[0] for row in c.execute("SELECT id FROM note")}
@@ -345,7 +345,7 @@ def test_what_patroni_refuses_lets_the_routers_go_on(
         with catalog.sessionmaker(deadline=5.0)() as session:
             session.execute(text("INSERT INTO note VALUES (-1)"))
             session.commit()
-        assert commands.list_operations(settings)["operations"][0]["state"] == "aborted"
+        assert resuming.list_operations(settings)["operations"][0]["state"] == "aborted"
     finally:
         cluster.start_node(lost[0])
         cluster.wait_settled()

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, Self
 
 from sqlroute.errors import OperationFailed, SQLRouteError
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.planning import Wishes, parse_position
 
 from .clients import Clients, Told
@@ -229,18 +229,18 @@ class Trial:
         return document
 
     def _operations(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = commands.list_operations(self.cluster.settings)["operations"]
+        found: list[dict[str, Any]] = resuming.list_operations(self.cluster.settings)["operations"]
         return found
 
     def _end(self, operation: str) -> str:
         if self.rng.random() < 0.5:
             try:
-                commands.abort(self.cluster.settings, operation)
+                resuming.abort(self.cluster.settings, operation)
             except OperationFailed:  # promoted already: it can only be finished
                 pass
             else:
                 return "aborted"
-        found = commands.resume(self.cluster.settings, operation)
+        found = resuming.resume(self.cluster.settings, operation)
         if not isinstance(found, dict):
             self._noted(found.document())
         return "resumed"
