@@ -566,9 +566,11 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if rewritten is None:
         again = partial(_planned_again, call, described, options)
         return coordinated(replace(call, scalar=False), described, found, again)
-    size = _batch(call.options) if call.is_streaming else None
-    if call.is_streaming:
-        call.local = _shared(call, size, len(found.targets))
+    if call.is_streaming:  # the shards share a batch: no more rows are held than by one server's
+        size = _batch(call.options)
+        option, whole = ("yield_per", size) if size else ("max_row_buffer", _buffer(call.options))
+        share = max(1, whole // len(found.targets))
+        call.local = {**call.local, option: share}
     most, statement = session._router.policy.max_scatter_rows, rewritten.statement
     if most and not call.is_streaming:
         statement = capped(statement, most)
@@ -579,7 +581,7 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if is_partial:
         results = _present(session, found, results)
     if call.is_streaming:
-        return streamed(results, rewritten, size)
+        return streamed(results, rewritten, size, share)
     if most:
         check_rows(results, most)
     return merged(results, rewritten)
@@ -648,18 +650,6 @@ def _present(session: RoutingMixin, found: Plan, results: list[Any]) -> list[Any
     names = (*session.missing_shards, *(gone.shard for gone in missing))
     session.missing_shards = tuple(dict.fromkeys(names))
     return present
-
-
-def _shared(call: Call, size: int | None, shards: int) -> dict[str, Any]:
-    """Return options that let each shard of a stream fetch its share of a batch at a time.
-
-    So no more rows are held than by the stream of one server: what Python's garbage collector
-    walks over is what makes a merge slow.
-    """
-    if size is None:
-        rows = int(call.options.get("max_row_buffer", MAX_ROW_BUFFER))
-        return {**call.local, "max_row_buffer": max(1, rows // shards)}
-    return {**call.local, "yield_per": max(1, size // shards)}
 
 
 def _with_lists(
@@ -765,6 +755,11 @@ def _home(options: Mapping[str, Any]) -> str | None:
 def _is_stale_load(described: Described, target: Target) -> bool:
     """Say if objects come from a replica, and must be checked before they are written."""
     return not target.is_primary and described.shape.reads_entities
+
+
+def _buffer(options: Mapping[str, Any]) -> int:
+    """Return how many rows a stream of which nothing was said fetches at a time."""
+    return int(options.get("max_row_buffer", MAX_ROW_BUFFER))
 
 
 def _batch(options: Mapping[str, Any]) -> int | None:

@@ -41,19 +41,24 @@ def check_rows(results: Sequence[Result[Any]], most: int) -> None:
         )
 
 
-def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None) -> Result[Any]:
+def streamed(
+    results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None, share: int
+) -> Result[Any]:
     """Return the merged result of server-side cursors, which reads them as it is read.
 
     When it is closed, has given its last row or meets an error, all cursors are closed.
 
     Args:
         size: rows that ``partitions()`` gives at a time, as the caller wished.
+        share: rows that are fetched from each shard at a time, and held.
     """
     from sqlroute.routing.merge import merge
 
     cursors = _Cursors(results)
     parts = [_rows(result, rewritten.spec.entities) for result in results]
-    answer = _answer(results[0], rewritten, cursors.closed_after(merge(parts, rewritten.spec)))
+    answer = _answer(
+        results[0], rewritten, cursors.closed_after(merge(parts, rewritten.spec, share))
+    )
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
     answer._yield_per = size
     return answer
