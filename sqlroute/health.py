@@ -338,6 +338,8 @@ class ShardHealth:
     hold: Hold | None = None
     spent: str = ""
     revision: int = 0
+    memory: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """What others have derived from this very value and will ask for again."""
 
     @property
     def highest(self) -> tuple[int, int]:
@@ -352,8 +354,6 @@ class Health:
     topology: Topology = field(repr=False)
     nodes: MappingProxyType[str, NodeHealth]
     shards: MappingProxyType[str, ShardHealth]
-    memory: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """What others have derived from this very value and will ask for again."""
 
     @classmethod
     def initial(cls, topology: Topology) -> Health:
