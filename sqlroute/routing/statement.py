@@ -38,7 +38,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from sqlroute.errors import CrossShardRefused, UndeclaredTable
-from sqlroute.routing.blocks import Occurrence, extra_froms, occurrences
+from sqlroute.routing.blocks import Occurrence, Query, extra_froms, occurrences
 from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
 from sqlroute.routing.functions import BUILT_IN, SEQUENCES, FunctionName, Functions, judge
 from sqlroute.routing.keys import Bind, reference_dialect
@@ -192,7 +192,7 @@ def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
         placement = Placement.SHARDED
     else:
         placement = Placement.ANYWHERE
-    found = occurrences(core, tuple(t for t in tables if _is_sharded(t)))
+    found = occurrences(core, tuple(t for t in tables if _is_sharded(t)), facts.queries)
     return Statement(
         kind,
         reasons,
@@ -299,6 +299,7 @@ class _Facts:
 
     Attributes:
         tables: read or written.
+        queries: in it, itself included.
         calls: its functions, but for those that advance a sequence.
         written: the target of each INSERT, UPDATE and DELETE.
         writes, unknown: why it is no read, or not proved to be one.
@@ -308,6 +309,7 @@ class _Facts:
     """
 
     tables: set[Table] = field(default_factory=set)
+    queries: list[Query] = field(default_factory=list)
     written: set[Table] = field(default_factory=set)
     writes: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -336,6 +338,8 @@ def _walk(core: Any) -> _Facts:
         elif isinstance(element, UpdateBase):
             _note_dml(element, facts)
         elif isinstance(element, Select | CompoundSelect):
+            if isinstance(element, Select):
+                facts.queries.append(element)
             _note_select(element, facts)
             facts_of |= {id(text): source_facts for text in _texts_in_from(element)}
         elif isinstance(element, TextualSelect):
@@ -430,6 +434,7 @@ def _note_table(element: TableClause, facts: _Facts) -> None:
 
 def _note_dml(element: UpdateBase, facts: _Facts) -> None:
     verb = type(element).__name__.replace("Annotated", "").upper()
+    facts.queries.append(element)
     facts.writes.append(f"{verb} writes" if isinstance(element, Insert | Update | Delete) else verb)
     table = element.table
     if isinstance(table, Table):
