@@ -279,27 +279,27 @@ class Group(Generic[N]):
     weights: tuple[float, ...] = ()
 
     def each(self, change: Callable[[N], M]) -> Group[M]:
+        """Return the same with something else that stands for each node."""
         return Group(tuple(map(change, self.nodes)), self.weights)
 
 
 @dataclass(frozen=True, slots=True)
-class Pool(Generic[N]):
+class Pool(Group[N]):
     """Usable nodes with what a choice among them needs: the same for many reads.
 
+    It is itself the group of those that are near, where reads should go.
+
     Attributes:
-        near: where reads should go.
         far: where they go when those are not enough; ``None`` if there is no such difference.
         stay: the share of reads that should stay near.
     """
 
-    near: Group[N]
     far: Group[N] | None = None
     stay: float = 1.0
 
     def each(self, change: Callable[[N], M]) -> Pool[M]:
-        """Return the same with something else that stands for each node."""
         far = None if self.far is None else self.far.each(change)
-        return Pool(self.near.each(change), far, self.stay)
+        return Pool(tuple(map(change, self.nodes)), self.weights, far, self.stay)
 
 
 def pool_of(
@@ -316,26 +316,29 @@ def pool_of(
         process: names this process among all that read from them.
     """
     if len(fresh) == 1:
-        return Pool(Group(fresh))
+        return Pool(fresh)
     zone, size = policy.zone, policy.replicas_per_process
     near = fresh
     if zone:
         near = tuple(node for node in fresh if topology.node(node.node).zone == zone)
     if not near or len(near) == len(fresh):
-        return Pool(_group(replica_subset(process, fresh, size), topology, policy))
+        return Pool(*_weighted(replica_subset(process, fresh, size), topology, policy))
     stay = _stay(near, health.replicas(shard), topology, zone)
     far = tuple(node for node in fresh if node not in near)
     near, far = replica_subset(process, near, size), replica_subset(process, far, size)
-    return Pool(_group(near, topology, policy), _group(far, topology, policy), stay)
+    beyond = Group(*_weighted(far, topology, policy))
+    return Pool(*_weighted(near, topology, policy), beyond, stay)
 
 
-def _group(nodes: tuple[NodeHealth, ...], topology: Topology, policy: Policy) -> Group[NodeHealth]:
-    """Keep the nodes within the latency window, with their weights."""
+def _weighted(
+    nodes: tuple[NodeHealth, ...], topology: Topology, policy: Policy
+) -> tuple[tuple[NodeHealth, ...], tuple[float, ...]]:
+    """Keep the nodes within the latency window; return them with their weights, see Group."""
     if len(nodes) > 1:
         window = min([node.rtt for node in nodes]) + policy.latency_window
         nodes = tuple([node for node in nodes if node.rtt <= window])
     weights = tuple([topology.node(node.node).weight * node.share for node in nodes])
-    return Group(nodes, weights if min(weights) != max(weights) else ())
+    return nodes, weights if min(weights) != max(weights) else ()
 
 
 def _stay(
@@ -386,7 +389,7 @@ def choose(
         turns: a counter of the shard's own, for round robin; at random without one. One counter
             for several shards would visit them in step with their nodes.
     """
-    group = pool.near
+    group: Group[N] = pool
     if pool.far is not None and not (
         (pool.stay >= 1.0 or rng.random() < pool.stay) and _has_room(group, loads, policy)
     ):

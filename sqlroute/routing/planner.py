@@ -319,9 +319,7 @@ def _simple_key(statement: Statement) -> SimpleKey | None:
         return None
     binds = {occurrence.recipe.simple() for occurrence in statement.occurrences}
     kinds = {occurrence.key.kinds for occurrence in statement.occurrences}
-    if len(binds) > 1 or len(kinds) > 1:
-        return None
-    bind = next(iter(binds), None)
+    bind = binds.pop() if len(binds) == len(kinds) == 1 else None
     if bind is None:
         return None
     return SimpleKey(bind, kinds.pop(), (*statement.reasons, _on_one_shard(statement)))
