@@ -118,11 +118,10 @@ def estimated(session: RoutingMixin, statement: Any, parameters: Any, found: Pla
             (document,) = connection.execute(_Explain(statement), parameters or {}).scalar_one()
     except (DBAPIError, SQLRouteError) as error:
         line = str(getattr(error, "orig", error)).partition("\n")[0]
-        return replace(found, merge=(f"no estimate: {line}",))
+        return found._replace(merge=(f"no estimate: {line}",))
     top = document["Plan"]
     scans = sum(1 for node in _nodes(top) if node["Node Type"] == "Foreign Scan")
-    return replace(
-        found,
+    return found._replace(
         merge=(
             f"PostgreSQL estimates {top['Plan Rows']} rows at a cost of {top['Total Cost']}, "
             f"by {scans} statement{'s' * (scans != 1)} to shards",

@@ -363,7 +363,7 @@ def explained(
         lists = found.lists or ({},) * len(found.targets)
         statements = [rewritten.statement.params(_by_key(described, own)) for own in lists]
     given = described.parameters if isinstance(described.parameters, Mapping) else {}
-    return replace(found, sql=tuple(_sql(statement, given) for statement in statements))
+    return found._replace(sql=tuple(_sql(statement, given) for statement in statements))
 
 
 def _sql(statement: Any, given: Mapping[str, Any]) -> str:
@@ -542,11 +542,9 @@ def _on_primary(
     Raises:
         ReadOnlyRefused: only reads were declared.
     """
-    session, shape = call.session, described.shape
-    reason = f"{refused.node} refused it as a write"
+    session = call.session
     session._router.listeners.tell(Retried("write", refused.shard, refused.node, _line(error)))
-    shape.statement = replace(shape.statement, kind=Kind.UNKNOWN, reasons=(reason,))
-    shape.plans.clear()
+    described.shape.distrust(f"{refused.node} refused it as a write")
     session._router.refused_writes += 1
     try:
         target = session._primary_of(refused.shard)

@@ -304,6 +304,7 @@ class ShardHealth:
 
     Attributes:
         members: its nodes in the order of the configuration.
+        memory: what others have derived from this very value and will ask for again.
         primary: name of the node to write to; None if there is none now.
         contenders: all nodes that claim to be its primary now, the chosen one first. More than
             one means that two servers may both be taking writes.
@@ -323,6 +324,7 @@ class ShardHealth:
 
     name: str
     members: tuple[str, ...]
+    memory: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
     primary: str | None = None
     primary_health: NodeHealth | None = field(default=None, repr=False)
     contenders: tuple[str, ...] = ()
@@ -352,8 +354,6 @@ class Health:
     topology: Topology = field(repr=False)
     nodes: MappingProxyType[str, NodeHealth]
     shards: MappingProxyType[str, ShardHealth]
-    memory: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
-    """What others have derived from this very value and will ask for again."""
 
     @classmethod
     def initial(cls, topology: Topology) -> Health:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def explain_text(
         router.topology.shard(position.shard)
         affinity = affinity.seen(position)
     found = router.plan(described, affinity, engines, demand=demand, keys=rows)
-    sent = replace(found, sql=(" ".join(sql.split()),) * len(found.targets))
+    sent = found._replace(sql=(" ".join(sql.split()),) * len(found.targets))
     return {"statement": sql, **sent.describe(), "note": NOTE}
 
 

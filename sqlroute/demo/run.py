@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -275,7 +275,7 @@ def _compared(stage: _Stage, name: str, title: str, statement: Any, columns: lis
     """Run a statement over all shards, and on the one server that has all the rows."""
     with stage.router.sessionmaker()() as session:
         found, plan, ms = _timed(session, statement)
-        plan = replace(plan, merge=session.explain(statement).merge)
+        plan = plan._replace(merge=session.explain(statement).merge)
     with Session(stage.judge) as plain:
         expected, judge_ms = _rows_timed(plain, statement)
     types = [[type(value) for value in row] for row in found]

@@ -11,12 +11,13 @@ must not take the primary with it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
 from random import Random
+from typing import Any, Generic, Protocol, TypeVar
 
 from sqlroute.health import Health, NodeHealth, Role, State
 from sqlroute.routing.policy import Balancing, Consistency, Policy
@@ -42,13 +43,11 @@ class Candidates:
         fresh: may take the read.
         unproven: healthy, but not known to have replayed the session's token.
         refused: (node, why) of the others.
-        pool: the fresh ones as the choice needs them, where that is remembered.
     """
 
     fresh: tuple[NodeHealth, ...]
     unproven: tuple[NodeHealth, ...]
     refused: tuple[tuple[str, str], ...]
-    pool: Pool | None = None
 
     def reasons(self) -> str:
         parts = [f"{node} {why}" for node, why in self.refused]
@@ -96,28 +95,6 @@ def candidates(
         fresh = slow
         refused += _others(shard, health, topology, exclude)
     return Candidates(tuple(fresh), tuple(unproven), tuple(refused))
-
-
-def unbound(
-    shard: str,
-    health: Health,
-    topology: Topology,
-    policy: Policy,
-    consistency: Consistency,
-    process: str = "",
-) -> Candidates:
-    """Sort the replicas for a session that has seen nothing yet; once for each state of health."""
-    key = (shard, consistency, id(policy))
-    known = health.memory.get(key)
-    if known is not None and known[0] is policy:
-        found: Candidates = known[1]
-        return found
-    found = candidates(shard, health, topology, policy, consistency, NOTHING, frozenset())
-    if found.fresh:
-        pool = pool_of(shard, found.fresh, health, topology, policy, process)
-        found = replace(found, pool=pool)
-    health.memory[key] = policy, found
-    return found
 
 
 def in_doubt(
@@ -279,31 +256,50 @@ def _beyond(node: NodeHealth, topology: Topology, bounds: Policy | None) -> str 
     return None
 
 
+class Named(Protocol):
+    """What stands for a node: its health, or the target that it would be."""
+
+    @property
+    def node(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+M = TypeVar("M", bound=Named)
+
+
 @dataclass(frozen=True, slots=True)
-class Group:
+class Group(Generic[N]):
     """Nodes to choose from.
 
     Attributes:
         weights: of each, the share of a returning node in them; empty if all are the same.
     """
 
-    nodes: tuple[NodeHealth, ...]
+    nodes: tuple[N, ...]
     weights: tuple[float, ...] = ()
+
+    def each(self, change: Callable[[N], M]) -> Group[M]:
+        """Return the same with something else that stands for each node."""
+        return Group(tuple(map(change, self.nodes)), self.weights)
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class Pool(Group[N]):
     """Usable nodes with what a choice among them needs: the same for many reads.
 
+    It is itself the group of those that are near, where reads should go.
+
     Attributes:
-        near: where reads should go.
         far: where they go when those are not enough; ``None`` if there is no such difference.
         stay: the share of reads that should stay near.
     """
 
-    near: Group
-    far: Group | None = None
+    far: Group[N] | None = None
     stay: float = 1.0
+
+    def each(self, change: Callable[[N], M]) -> Pool[M]:
+        far = None if self.far is None else self.far.each(change)
+        return Pool(tuple(map(change, self.nodes)), self.weights, far, self.stay)
 
 
 def pool_of(
@@ -313,33 +309,36 @@ def pool_of(
     topology: Topology,
     policy: Policy,
     process: str = "",
-) -> Pool:
+) -> Pool[NodeHealth]:
     """Sort usable nodes by how near they are.
 
     Args:
         process: names this process among all that read from them.
     """
     if len(fresh) == 1:
-        return Pool(Group(fresh))
+        return Pool(fresh)
     zone, size = policy.zone, policy.replicas_per_process
     near = fresh
     if zone:
         near = tuple(node for node in fresh if topology.node(node.node).zone == zone)
     if not near or len(near) == len(fresh):
-        return Pool(_group(replica_subset(process, fresh, size), topology, policy))
+        return Pool(*_weighted(replica_subset(process, fresh, size), topology, policy))
     stay = _stay(near, health.replicas(shard), topology, zone)
     far = tuple(node for node in fresh if node not in near)
     near, far = replica_subset(process, near, size), replica_subset(process, far, size)
-    return Pool(_group(near, topology, policy), _group(far, topology, policy), stay)
+    beyond = Group(*_weighted(far, topology, policy))
+    return Pool(*_weighted(near, topology, policy), beyond, stay)
 
 
-def _group(nodes: tuple[NodeHealth, ...], topology: Topology, policy: Policy) -> Group:
-    """Keep the nodes within the latency window, with their weights."""
+def _weighted(
+    nodes: tuple[NodeHealth, ...], topology: Topology, policy: Policy
+) -> tuple[tuple[NodeHealth, ...], tuple[float, ...]]:
+    """Keep the nodes within the latency window; return them with their weights, see Group."""
     if len(nodes) > 1:
         window = min([node.rtt for node in nodes]) + policy.latency_window
         nodes = tuple([node for node in nodes if node.rtt <= window])
     weights = tuple([topology.node(node.node).weight * node.share for node in nodes])
-    return Group(nodes, weights if min(weights) != max(weights) else ())
+    return nodes, weights if min(weights) != max(weights) else ()
 
 
 def _stay(
@@ -377,12 +376,12 @@ def _rank(process: str, node: str) -> bytes:
 
 
 def choose(
-    pool: Pool,
+    pool: Pool[N],
     policy: Policy,
     loads: Mapping[str, Collection[object]],
     rng: Random,
     turns: Iterator[int] | None = None,
-) -> NodeHealth:
+) -> N:
     """Choose the node of one read.
 
     Args:
@@ -390,7 +389,7 @@ def choose(
         turns: a counter of the shard's own, for round robin; at random without one. One counter
             for several shards would visit them in step with their nodes.
     """
-    group = pool.near
+    group: Group[N] = pool
     if pool.far is not None and not (
         (pool.stay >= 1.0 or rng.random() < pool.stay) and _has_room(group, loads, policy)
     ):
@@ -411,7 +410,7 @@ def choose(
     return nodes[_drawn(group, turn * GOLDEN % 1.0)]
 
 
-def _of_two(group: Group, loads: Mapping[str, Collection[object]], rng: Random) -> NodeHealth:
+def _of_two(group: Group[N], loads: Mapping[str, Collection[object]], rng: Random) -> N:
     """Take two by their weights, keep the one with fewer statements under way per weight.
 
     Of equally loaded ones the first drawn, so that idle nodes are chosen as often as they weigh.
@@ -432,7 +431,7 @@ def _of_two(group: Group, loads: Mapping[str, Collection[object]], rng: Random) 
     return one if per_one <= per_other else other
 
 
-def _least(group: Group, loads: Mapping[str, Collection[object]], rng: Random) -> NodeHealth:
+def _least(group: Group[N], loads: Mapping[str, Collection[object]], rng: Random) -> N:
     weights = group.weights or (1.0,) * len(group.nodes)
     per_weight = [
         len(loads.get(node.node, ())) / weight
@@ -444,7 +443,7 @@ def _least(group: Group, loads: Mapping[str, Collection[object]], rng: Random) -
     return tied.nodes[_drawn(tied, rng.random())]
 
 
-def _drawn(group: Group, point: float) -> int:
+def _drawn(group: Group[Any], point: float) -> int:
     """Return the index of the node at a point of the interval from 0 to 1, shared by weight."""
     if not group.weights:
         return int(point * len(group.nodes))
@@ -452,7 +451,7 @@ def _drawn(group: Group, point: float) -> int:
     return min(bisect_right(ends, point * ends[-1]), len(ends) - 1)
 
 
-def _has_room(group: Group, loads: Mapping[str, Collection[object]], policy: Policy) -> bool:
+def _has_room(group: Group[Any], loads: Mapping[str, Collection[object]], policy: Policy) -> bool:
     """Say if a node has a connection left of those that are kept for it."""
     return any(len(loads.get(node.node, ())) < policy.pool_size for node in group.nodes)
 

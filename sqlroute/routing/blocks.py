@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.base import _from_objects
@@ -63,6 +63,9 @@ from sqlroute.routing.declare import Sharded, ShardKey, declaration, kind_of, sh
 from sqlroute.routing.functions import AGGREGATES, HARMLESS
 from sqlroute.routing.keys import Recipe, reference_dialect
 
+Query: TypeAlias = Select[Any] | UpdateBase
+"""A block of a statement: what reads or writes tables of its own."""
+
 ANY_BUCKET = Recipe()
 NO_BUCKET = Recipe(((),))
 
@@ -99,14 +102,17 @@ class Found:
     required: tuple[int, ...] = ()
 
 
-def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
+def occurrences(core: Any, sharded: tuple[Table, ...], queries: Sequence[Query]) -> Found:
     """Return the uses of sharded tables in a rendered statement.
 
     The table of an INSERT is no use: its rows carry the keys.
+
+    Args:
+        queries: every SELECT, INSERT, UPDATE and DELETE in it, itself included.
     """
     if isinstance(core, CompoundSelect) and core.keyword in _ARM_BY_ARM:
         return _arms(core, sharded)
-    walk = _Walk(core)
+    walk = _Walk(core, is_nested=len(queries) > 1)
     if isinstance(core, Select):
         scope = _Scope()
         _select(core, walk, scope, Block())
@@ -123,7 +129,7 @@ def occurrences(core: Any, sharded: tuple[Table, ...]) -> Found:
             sharded = tuple(table for table in sharded if hash(table) != hash(core.table))
     elif sharded:
         walk.hinder(type(core).__name__, "its tables cannot be seen")
-    _unfollowed(core, walk)
+    _unfollowed(queries, walk)
     return walk.finish(sharded)
 
 
@@ -138,8 +144,10 @@ def _arms(core: CompoundSelect[Any], sharded: tuple[Table, ...]) -> Found:
         arm: Any = one_arm
         while not isinstance(arm, Select | CompoundSelect) and hasattr(arm, "element"):
             arm = arm.element
-        within = {hash(part) for part in visitors.iterate(arm)}
-        own = occurrences(arm, tuple(table for table in sharded if hash(table) in within))
+        parts = list(visitors.iterate(arm))
+        within = {hash(part) for part in parts}
+        queries = [part for part in parts if isinstance(part, Select | UpdateBase)]
+        own = occurrences(arm, tuple(t for t in sharded if hash(t) in within), queries)
         first = 1 + max((occurrence.group for occurrence in found), default=-1)
         found += [replace(one, group=first + one.group) for one in own.occurrences]
         hindrances.append(own.hindrance)
@@ -246,10 +254,12 @@ class _Walk:
 
     Attributes:
         core: the whole statement.
+        is_nested: there are queries in it.
         is_aggregated_inside: a subquery aggregates the rows of a query around it.
     """
 
     core: Any
+    is_nested: bool
     classes: _Classes = field(default_factory=_Classes)
     leaves: list[_Leaf] = field(default_factory=list)
     hindrance: tuple[str, str] | None = None
@@ -329,10 +339,10 @@ def _colocated(leaf: _Leaf, other: _Leaf) -> bool:
     return leaf.roots() == tuple(classes.root(column) for column in other.columns())
 
 
-def _unfollowed(core: Any, walk: _Walk) -> None:
-    """Note every table of a SELECT or DML that this walk did not come by, wherever it stands."""
-    for element in visitors.iterate(core):
-        if not isinstance(element, Select | UpdateBase) or hash(element) in walk.seen:
+def _unfollowed(queries: Iterable[Query], walk: _Walk) -> None:
+    """Note every table of a query that this walk did not come by, wherever it stands."""
+    for element in queries:
+        if hash(element) in walk.seen:
             continue
         tables = [inner for inner in visitors.iterate(element) if isinstance(inner, Table)]
         if isinstance(element, UpdateBase) and isinstance(element.table, Table):
@@ -378,7 +388,8 @@ def _select(
     ]
     if around.uses:
         _refuse_outer_aggregates(clauses, walk, block, sources)
-    _subqueries(clauses, walk, block, set(sources), first, conditions, scope.conjuncts)
+    if walk.is_nested:
+        _subqueries(clauses, walk, block, set(sources), first, conditions, scope.conjuncts)
     return block
 
 

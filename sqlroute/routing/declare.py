@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import types
@@ -129,6 +130,7 @@ def _kind(column: Column[Any]) -> KeyKind:
     return kind
 
 
+@lru_cache(maxsize=1_000)  # SQLAlchemy remembers by type objects, too: they are hashable
 def kind_of(type_: TypeEngine[Any]) -> KeyKind | None:
     """Return how PostgreSQL hashes values of a type, ``None`` where sqlroute does not know.
 

@@ -29,7 +29,7 @@ from sqlroute.errors import (
 )
 from sqlroute.routing.coordinated import coordinated
 from sqlroute.routing.functions import BUILT_IN, Functions
-from sqlroute.routing.hashing import bucket_of
+from sqlroute.routing.hashing import KeyKind, bucket_of
 from sqlroute.routing.keys import Bind, Unproved, Values, stored
 from sqlroute.routing.known import KnownTables
 from sqlroute.routing.plan import Missing, Plan, Target, Tier
@@ -46,10 +46,6 @@ SHAPES = 1_000
 """How many shapes of statements are remembered; beyond it the oldest goes."""
 
 
-PLANS = 64
-"""How many plans of one shape are remembered."""
-
-
 class OldMap(Exception):  # no error: it asks the runtime for a fact
     """The session has seen a newer shard map than the one in use: read it, then plan again.
 
@@ -63,6 +59,21 @@ class OldMap(Exception):  # no error: it asks the runtime for a fact
         self.epoch = epoch
 
 
+@dataclass(frozen=True, slots=True)
+class SimpleKey:
+    """That ``key = :parameter`` alone places every table of a statement.
+
+    Attributes:
+        bind: the parameter.
+        kinds: how its value is hashed.
+        reasons: of every plan that comes of it.
+    """
+
+    bind: Bind
+    kinds: tuple[KeyKind, ...]
+    reasons: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class Shape:
     """What is remembered of one shape of statement.
@@ -71,10 +82,9 @@ class Shape:
         position: of each bind parameter in the cache key, by the name it had first.
         constants: what SQL text compares with columns, by the names its recipes have for it.
         reads_entities: rows may hold ORM entities, which must carry their shard as identity token.
-        key: the one parameter that places every table of it, if it is as simple as that.
+        key: what places every table of it, if it is as simple as that.
         merge: how its answers merge, made when it is first scattered.
         unmerged: why they do not, as (clause, why), if so.
-        plans: of one shard, by (target, epoch, kind): they differ in nothing else.
         code_points: the collation it was made for.
         functions: what was known when its functions decided its kind, ``None`` if it calls none.
         tables: what was known when SQL text was placed, ``None`` for other statements.
@@ -84,13 +94,17 @@ class Shape:
     position: Mapping[str, int]
     constants: Mapping[str, Any] = field(default_factory=dict)
     reads_entities: bool = True
-    key: Bind | None = None
+    key: SimpleKey | None = None
     merge: MergeShape | None = None
     unmerged: tuple[str, str] | None = None
     code_points: bool = False
     functions: Functions | None = None
     tables: KnownTables | None = None
-    plans: dict[tuple[Target, int, Kind], Plan] = field(default_factory=dict)
+
+    def distrust(self, reason: str) -> None:
+        """Take it from now on for a statement that is not proved to be a read."""
+        self.statement = replace(self.statement, kind=Kind.UNKNOWN, reasons=(reason,))
+        self.key = _simple_key(self.statement)
 
 
 @dataclass(slots=True)
@@ -251,7 +265,7 @@ class Planner:
 
         shape, statement = described.shape, described.statement
         if shape.statement.is_text:
-            return Rewritten(statement, MergeSpec()), replace(found, merge=MergeSpec().describe())
+            return Rewritten(statement, MergeSpec()), found._replace(merge=MergeSpec().describe())
         parameters = described.parameters
         given = parameters if isinstance(parameters, Mapping) else None
         try:
@@ -262,7 +276,7 @@ class Planner:
         except CrossShardRefused as refused:
             shape.unmerged = refused.clause, refused.why
             raise
-        return result, replace(found, merge=result.spec.describe())
+        return result, found._replace(merge=result.spec.describe())
 
 
 def _binds(statement: Any) -> tuple[BindParameter[Any], ...]:
@@ -300,13 +314,15 @@ def _reads_entities(statement: Any) -> bool:
     return columns is None or any(not isinstance(c, ColumnElement) for c in columns)
 
 
-def _simple_key(statement: Statement) -> Bind | None:
-    """Return the parameter of ``key = :parameter``, when that alone places every table."""
+def _simple_key(statement: Statement) -> SimpleKey | None:
     if statement.placement is not Placement.SHARDED:
         return None
     binds = {occurrence.recipe.simple() for occurrence in statement.occurrences}
     kinds = {occurrence.key.kinds for occurrence in statement.occurrences}
-    return binds.pop() if len(binds) == len(kinds) == 1 else None
+    bind = binds.pop() if len(binds) == len(kinds) == 1 else None
+    if bind is None:
+        return None
+    return SimpleKey(bind, kinds.pop(), (*statement.reasons, _on_one_shard(statement)))
 
 
 def plan(described: Described, situation: Situation, rng: Random) -> Plan:
@@ -340,7 +356,7 @@ def _by_shards(described: Described, situation: Situation, rng: Random) -> Plan:
         shard = keyspace.shards[0].name
         _check_named(situation, keyspace)
         target = target_of(shard, kind, situation, rng)
-        return _single(described, target, kind, 0, statement.reasons)
+        return Plan(Tier.SINGLE, (target,), kind.value, 0, statement.reasons)
     if situation.demand.by_coordinator:
         raise CrossShardRefused("sqlroute_tier", "the caller wants the coordinator to answer")
     shard_map = map_of(situation, keyspace)
@@ -400,45 +416,25 @@ def _present(
     return tuple(targets), tuple(missing)
 
 
-def _single(
-    described: Described, target: Target, kind: Kind, epoch: int, reasons: tuple[str, ...]
-) -> Plan:
-    """Return the plan for one node, from memory if the shape was planned so before."""
-    plans = described.shape.plans
-    found = plans.get((target, epoch, kind))
-    if found is None:
-        found = Plan(Tier.SINGLE, (target,), kind.value, epoch, reasons)
-        if len(plans) >= PLANS:
-            plans.clear()
-        plans[target, epoch, kind] = found
-    return found
-
-
 def _keyed(
     described: Described, situation: Situation, shard_map: ShardMap, kind: Kind, rng: Random
 ) -> Plan | None:
     """Plan the most frequent statement, ``key = :parameter``, with the least work."""
-    shape = described.shape
-    key = shape.key
+    key = described.shape.key
     if key is None or situation.demand.shard is not None:
         return None
-    statement = shape.statement
-    kinds = statement.occurrences[0].key.kinds
+    bind = key.bind
     try:
-        value = described.value(key.key)
-        if type(value) is not int or isinstance(key.type, TypeDecorator):
-            value = stored(value, key.type)
-        bucket = bucket_of((value,), kinds, statement.keyspace.buckets)
+        value = described.value(bind.key)
+        if type(value) is not int or isinstance(bind.type, TypeDecorator):
+            value = stored(value, bind.type)
+        bucket = bucket_of((value,), key.kinds, described.shape.statement.keyspace.buckets)
     except (KeyError, InvalidShardKey):
         return None
     if value is None:
         return None
     target = target_of(shard_map.owner(bucket), kind, situation, rng)
-    found = shape.plans.get((target, shard_map.epoch, kind))
-    if found is not None:
-        return found
-    reasons = (*statement.reasons, _on_one_shard(statement))
-    return _single(described, target, kind, shard_map.epoch, reasons)
+    return Plan(Tier.SINGLE, (target,), kind.value, shard_map.epoch, key.reasons)
 
 
 def plan_rows(described: Described, keys: list[Any], situation: Situation, rng: Random) -> Plan:

@@ -32,6 +32,8 @@ class Consistency(Enum):
     SESSION = "session"
     STRONG = "strong"
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python
+
 
 class Balancing(StrEnum):
     """How one of several eligible replicas is chosen; the weights of nodes count in all of them.

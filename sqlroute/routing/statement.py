@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy.sql import visitors
@@ -38,7 +39,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from sqlroute.errors import CrossShardRefused, UndeclaredTable
-from sqlroute.routing.blocks import Occurrence, extra_froms, occurrences
+from sqlroute.routing.blocks import Occurrence, Query, extra_froms, occurrences
 from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
 from sqlroute.routing.functions import BUILT_IN, SEQUENCES, FunctionName, Functions, judge
 from sqlroute.routing.keys import Bind, reference_dialect
@@ -192,7 +193,7 @@ def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
         placement = Placement.SHARDED
     else:
         placement = Placement.ANYWHERE
-    found = occurrences(core, tuple(t for t in tables if _is_sharded(t)))
+    found = occurrences(core, tuple(t for t in tables if _is_sharded(t)), facts.queries)
     return Statement(
         kind,
         reasons,
@@ -299,15 +300,18 @@ class _Facts:
 
     Attributes:
         tables: read or written.
+        queries: in it, itself included.
         calls: its functions, but for those that advance a sequence.
         written: the target of each INSERT, UPDATE and DELETE.
         writes, unknown: why it is no read, or not proved to be one.
         hidden: what may read tables that nobody sees.
         sets: it changes a setting of its connection.
         is_text: some of it is text that may read tables.
+        readers: of text that is more than a part of expressions, by its identity.
     """
 
     tables: set[Table] = field(default_factory=set)
+    queries: list[Query] = field(default_factory=list)
     written: set[Table] = field(default_factory=set)
     writes: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -315,6 +319,7 @@ class _Facts:
     calls: list[FunctionName] = field(default_factory=list)
     sets: bool = False
     is_text: bool = False
+    readers: dict[int, Callable[[str], TextFacts]] = field(default_factory=dict)
 
     def verdict(self) -> tuple[Kind, tuple[str, ...]]:
         if self.writes:
@@ -326,34 +331,12 @@ class _Facts:
 
 def _walk(core: Any) -> _Facts:
     facts = _Facts()
-    facts_of: dict[int, Callable[[str], TextFacts]] = {}  # of text that is more than expressions
     if isinstance(core, TextClause):
-        facts_of[id(core)] = _statement_reader(core)
+        facts.readers[id(core)] = _statement_reader(core)
     for element in _elements(core):
-        if isinstance(element, Table):
-            facts.tables.add(_plain(element))
-            _note_table(element, facts)
-        elif isinstance(element, UpdateBase):
-            _note_dml(element, facts)
-        elif isinstance(element, Select | CompoundSelect):
-            _note_select(element, facts)
-            facts_of |= {id(text): source_facts for text in _texts_in_from(element)}
-        elif isinstance(element, TextualSelect):
-            if isinstance(element.element, TextClause):
-                facts_of[id(element.element)] = _statement_reader(element.element)
-        elif isinstance(element, TableClause):
-            facts.hidden.append(f"table {element.name} is known by name only; use its Table")
-            _note_table(element, facts)
-        elif isinstance(element, FunctionElement):
-            _note_function(element, facts)
-        elif isinstance(element, TextClause):
-            _note_text(element.text, facts, facts_of.get(id(element)))
-        elif isinstance(element, AbstractTextClause):
-            _hide(f"{type(element).__name__} cannot be proved to be a read", facts)
-        elif isinstance(element, ColumnClause) and element.is_literal and element.name != "*":
-            _note_text(element.name, facts)
-        elif isinstance(element, BinaryExpression | UnaryExpression):
-            _note_operator(element, facts)
+        note = _note_of(element.__class__)
+        if note is not None:
+            note(element, facts)
         if hasattr(type(element), "_compiler_dispatcher"):
             what = type(element).__name__
             facts.unknown.append(f"{what}, compiled by @compiles, is not known to be read-only")
@@ -398,18 +381,20 @@ def _added_by_types(element: BindParameter[Any] | Select[Any]) -> Iterator[Any]:
                 yield fetched.column_expression(column)
 
 
-def _note_select(element: Select[Any] | CompoundSelect[Any], facts: _Facts) -> None:
-    if element._for_update_arg is not None:
-        facts.writes.append("FOR UPDATE or FOR SHARE locks rows")
-    if getattr(element, "_suffixes", ()) or getattr(element, "_statement_hints", ()):
+def _note_select(element: Select[Any], facts: _Facts) -> None:
+    facts.queries.append(element)
+    sources: Any = element._from_obj
+    facts.readers |= {id(text): source_facts for text in sources if isinstance(text, TextClause)}
+    _note_lock(element, facts)
+    if element._suffixes or element._statement_hints:
         _hide("a suffix or hint is text", facts)
-    for prefix, _ in getattr(element, "_prefixes", ()):
+    for prefix, _ in element._prefixes:
         _note_text(getattr(prefix, "text", "()"), facts)
 
 
-def _texts_in_from(element: Select[Any] | CompoundSelect[Any]) -> list[Any]:
-    sources = getattr(element, "_from_obj", ())
-    return [source for source in sources if isinstance(source, TextClause)]
+def _note_lock(element: Select[Any] | CompoundSelect[Any], facts: _Facts) -> None:
+    if element._for_update_arg is not None:
+        facts.writes.append("FOR UPDATE or FOR SHARE locks rows")
 
 
 def _hide(reason: str, facts: _Facts) -> None:
@@ -423,13 +408,24 @@ def _plain(table: Table) -> Table:
     return plain if isinstance(plain, Table) else table
 
 
-def _note_table(element: TableClause, facts: _Facts) -> None:
+def _note_table(element: Table, facts: _Facts) -> None:
+    facts.tables.add(_plain(element))
+    _note_name(element, facts)
+
+
+def _note_named(element: TableClause, facts: _Facts) -> None:
+    facts.hidden.append(f"table {element.name} is known by name only; use its Table")
+    _note_name(element, facts)
+
+
+def _note_name(element: TableClause, facts: _Facts) -> None:
     if is_system_table(element.schema, element.name):
         facts.unknown.append(why_system(element.name))
 
 
 def _note_dml(element: UpdateBase, facts: _Facts) -> None:
     verb = type(element).__name__.replace("Annotated", "").upper()
+    facts.queries.append(element)
     facts.writes.append(f"{verb} writes" if isinstance(element, Insert | Update | Delete) else verb)
     table = element.table
     if isinstance(table, Table):
@@ -469,9 +465,27 @@ def _note_operator(element: BinaryExpression[Any] | UnaryExpression[Any], facts:
             _hide(f"operator {short!r} cannot be proved to be a read", facts)
 
 
+def _note_textual(element: TextualSelect, facts: _Facts) -> None:
+    if isinstance(element.element, TextClause):
+        facts.readers[id(element.element)] = _statement_reader(element.element)
+
+
 def _statement_reader(text: TextClause) -> Callable[[str], TextFacts]:
     lists = [name for name, bind in text._bindparams.items() if bind.expanding]
     return lambda sql: statement_facts(sql, lists)
+
+
+def _note_clause(element: TextClause, facts: _Facts) -> None:
+    _note_text(element.text, facts, facts.readers.get(id(element)))
+
+
+def _note_other_text(element: AbstractTextClause, facts: _Facts) -> None:
+    _hide(f"{type(element).__name__} cannot be proved to be a read", facts)
+
+
+def _note_column(element: ColumnClause[Any], facts: _Facts) -> None:
+    if element.is_literal and element.name != "*":
+        _note_text(element.name, facts)
 
 
 _SIMPLE_TEXT = re.compile(
@@ -502,3 +516,25 @@ def _note_text(
         short = " ".join(text.split())[:40]
         facts.is_text = True
         facts.hidden += found.unknown or (f"which rows {short!r} reads is not looked into",)
+
+
+_NOTES: tuple[tuple[type[Any], Callable[[Any, _Facts], None]], ...] = (
+    (Table, _note_table),
+    (UpdateBase, _note_dml),
+    (Select, _note_select),
+    (CompoundSelect, _note_lock),
+    (TextualSelect, _note_textual),
+    (TableClause, _note_named),
+    (FunctionElement, _note_function),
+    (TextClause, _note_clause),
+    (AbstractTextClause, _note_other_text),
+    (ColumnClause, _note_column),
+    (BinaryExpression, _note_operator),
+    (UnaryExpression, _note_operator),
+)
+
+
+@lru_cache(maxsize=1_000)  # a statement has many elements, of few types
+def _note_of(kind: type[Any]) -> Callable[[Any, _Facts], None] | None:
+    """Return what notes the elements of a type, ``None`` where they mean nothing by themselves."""
+    return next((note for base, note in _NOTES if issubclass(kind, base)), None)

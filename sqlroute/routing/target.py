@@ -26,6 +26,7 @@ from sqlroute.routing.affinity import Affinity, ShardAffinity
 from sqlroute.routing.balancing import (
     NOTHING,
     Candidates,
+    Pool,
     Required,
     candidates,
     choose,
@@ -35,10 +36,8 @@ from sqlroute.routing.balancing import (
     patience,
     pool_of,
     refusal,
-    unbound,
 )
 from sqlroute.routing.plan import Target
-from sqlroute.routing.plan import target as made
 from sqlroute.routing.policy import AUTOMATIC, Consistency, Demand, Intent, Policy
 from sqlroute.routing.statement import Kind, Statement
 from sqlroute.routing.token import Position, format_lsn
@@ -182,12 +181,12 @@ def target_of(shard: str, kind: Kind, situation: Situation, rng: Random) -> Targ
     if tie.pinned is not None:
         where = "the primary" if not affinity.read_only else "this node"
         reason = f"the transaction is open on {where}"
-        return made(shard, tie.pinned, not affinity.read_only, True, reason)
+        return Target(shard, tie.pinned, not affinity.read_only, True, reason)
     if kind is not Kind.READ and kind is not Kind.VOUCHED:
         why = "a write" if kind is Kind.WRITE else "not proved to be a read"
-        return made(shard, _primary(shard, situation), True, True, why)
+        return Target(shard, _primary(shard, situation), True, True, why)
     if affinity.explicit and not affinity.read_only:
-        return made(shard, _primary(shard, situation), True, True, "an explicit transaction")
+        return Target(shard, _primary(shard, situation), True, True, "an explicit transaction")
     if kind is Kind.VOUCHED and demand.snapshot is None:
         return _for_vouched(shard, tie, situation, rng)
     return _for_read(shard, tie, demand, situation, rng)
@@ -210,7 +209,7 @@ def _for_vouched(shard: str, tie: ShardAffinity, situation: Situation, rng: Rand
             f"declared {situation.demand.intent.value}, and there is none: {found.reason}",
             shard,
         )
-    return made(shard, found.node, True, True, found.reason)
+    return Target(shard, found.node, True, True, found.reason)
 
 
 def _for_read(
@@ -219,30 +218,26 @@ def _for_read(
     """Choose the node of a read that nothing binds to the primary's transaction."""
     within = situation.affinity.read_only
     if not within and demand.intent is Intent.WRITING:
-        return made(shard, _primary(shard, situation), True, True, "the session will write")
+        return Target(shard, _primary(shard, situation), True, True, "the session will write")
     if demand.snapshot is not None and (not within or demand.snapshot == "SERIALIZABLE"):
         why = f"isolation level {demand.snapshot} needs a transaction on the primary"
-        return made(shard, _primary(shard, situation), True, True, why)
+        return Target(shard, _primary(shard, situation), True, True, why)
     if demand.role is Role.PRIMARY:
         why = "the caller asked for the primary"
-        return made(shard, _primary(shard, situation), True, within, why)
+        return Target(shard, _primary(shard, situation), True, within, why)
     consistency = demand.consistency
     if demand.intent is Intent.LAG_TOLERANT:
         consistency = Consistency.EVENTUAL
     if consistency is Consistency.STRONG:
-        return made(shard, _primary(shard, situation), True, within, "consistency is strong")
+        return Target(shard, _primary(shard, situation), True, within, "consistency is strong")
     policy, health, topology = situation.policy, situation.health, situation.topology
     sessional = consistency is Consistency.SESSION
     if tie.token is None and not tie.nodes and not situation.exclude:
-        found = unbound(shard, health, topology, policy, consistency, situation.process)
-        if found.pool is not None:
-            turns = situation.turns
-            chosen = choose(
-                found.pool, policy, situation.loads, rng, None if turns is None else turns[shard]
-            )
-            why = "a healthy replica" if chosen.state is State.UP else _SLOW
-            return made(shard, chosen.node, False, within, why, sessional, chosen.life)
-        return _fallback(shard, found, situation, consistency, NOTHING, rng)
+        ready = _ready(shard, situation, consistency)
+        if ready.targets is None:
+            return _fallback(shard, ready.found, situation, consistency, NOTHING, rng)
+        target = choose(ready.targets, policy, situation.loads, rng, _turns(shard, situation))
+        return target._replace(in_transaction=True) if within else target
     required = Required(tie.token, tie.nodes, situation.floors.get(shard))
     if len(tie.nodes) == 1:
         ((node, life),) = tie.nodes
@@ -255,7 +250,7 @@ def _for_read(
             and (not sessional or required.is_met_by(known))
             and refusal(known, topology, bounds, situation.exclude) is None
         ):
-            return made(shard, node, False, within, "the session reads from it", True, life)
+            return Target(shard, node, False, within, "the session reads from it", True, life)
     found = candidates(shard, health, topology, policy, consistency, required, situation.exclude)
     if found.fresh:
         chosen = _chosen(shard, found.fresh, situation, consistency, rng)
@@ -265,12 +260,51 @@ def _for_read(
             why = "a healthy replica"
         else:
             why = f"has replayed what {describe_token(tie.token)}"
-        return made(shard, chosen.node, False, within, why, sessional, chosen.life)
+        return Target(shard, chosen.node, False, within, why, sessional, chosen.life)
     if found.unproven and situation.may_wait:
         time = patience(found.unproven, policy)
         if time > 0:
             raise Unproven(shard, time)
     return _fallback(shard, found, situation, consistency, required if sessional else NOTHING, rng)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where the reads of sessions go that have seen nothing yet: the same for all of them.
+
+    Attributes:
+        policy: by which the replicas were sorted.
+        pool: the fresh ones; ``None`` if there are none.
+        targets: what each of them is chosen as, outside of a transaction.
+    """
+
+    policy: Policy
+    found: Candidates
+    pool: Pool[NodeHealth] | None = None
+    targets: Pool[Target] | None = None
+
+
+def _ready(shard: str, situation: Situation, consistency: Consistency) -> Ready:
+    """Sort the replicas for a session that has seen nothing yet; once for each state of a shard."""
+    health, policy = situation.health, situation.policy
+    memory = health.shard(shard).memory
+    known: Ready | None = memory.get(consistency)
+    if known is not None and known.policy is policy:
+        return known
+    topology = situation.topology
+    found = candidates(shard, health, topology, policy, consistency, NOTHING, frozenset())
+    ready = Ready(policy, found)
+    if found.fresh:
+        pool = pool_of(shard, found.fresh, health, topology, policy, situation.process)
+        is_proved = consistency is Consistency.SESSION
+
+        def target(node: NodeHealth) -> Target:
+            why = "a healthy replica" if node.state is State.UP else _SLOW
+            return Target(shard, node.node, False, False, why, is_proved, node.life)
+
+        ready = Ready(policy, found, pool, pool.each(target))
+    memory[consistency] = ready
+    return ready
 
 
 def _chosen(
@@ -281,13 +315,16 @@ def _chosen(
     rng: Random,
 ) -> NodeHealth:
     """Choose of nodes that were sorted for one session: mostly the same as for all."""
-    of, policy, turns = situation.topology, situation.policy, situation.turns
-    health, process = situation.health, situation.process
-    known = unbound(shard, health, of, policy, consistency, process)
-    pool = known.pool
-    if pool is None or known.fresh != nodes:
-        pool = pool_of(shard, nodes, health, of, policy, process)
-    return choose(pool, policy, situation.loads, rng, None if turns is None else turns[shard])
+    ready, policy = _ready(shard, situation, consistency), situation.policy
+    pool = ready.pool
+    if pool is None or ready.found.fresh != nodes:
+        health, topology = situation.health, situation.topology
+        pool = pool_of(shard, nodes, health, topology, policy, situation.process)
+    return choose(pool, policy, situation.loads, rng, _turns(shard, situation))
+
+
+def _turns(shard: str, situation: Situation) -> Iterator[int] | None:
+    return None if situation.turns is None else situation.turns[shard]
 
 
 def _check_token(token: Position, situation: Situation) -> None:
@@ -338,7 +375,7 @@ def read_beside(shard: str, situation: Situation, reason: str) -> Target:
         _check_token(token, situation)
     _check_setting(shard, situation.affinity)
     node = _primary(shard, situation)
-    return made(shard, node, True, False, reason, True, situation.health.of(node).life)
+    return Target(shard, node, True, False, reason, True, situation.health.of(node).life)
 
 
 def _check_setting(shard: str, affinity: Affinity) -> None:
@@ -391,7 +428,7 @@ def _fallback(
     within, policy = situation.affinity.read_only, situation.policy
     if len(situation.topology.shard(shard).nodes) == 1:
         why = "the shard has no replicas"
-        return made(shard, _primary(shard, situation), True, within, why)
+        return Target(shard, _primary(shard, situation), True, within, why)
     reasons = found.reasons()
     if not policy.primary_fallback:
         why = f"{reasons}; set primary_fallback = true or raise max_lag"
@@ -402,7 +439,7 @@ def _fallback(
         primary = situation.health.primary(shard)
         if primary is not None and primary.node not in situation.exclude:
             why = f"no replica may take it: {reasons}"
-            return made(shard, primary.node, True, within, why, is_fallback=True)
+            return Target(shard, primary.node, True, within, why, is_fallback=True)
     bounds = None if consistency is Consistency.EVENTUAL else policy
     failed = situation.exclude if situation.may_repeat else frozenset()
     last = in_doubt(shard, situation.health, situation.topology, bounds, required, failed)
@@ -410,10 +447,10 @@ def _fallback(
         chosen = _chosen(shard, last, situation, consistency, rng)
         sessional = consistency is Consistency.SESSION
         why = f"in doubt, but no other may take it: {reasons}"
-        return made(shard, chosen.node, False, within, why, sessional, chosen.life)
+        return Target(shard, chosen.node, False, within, why, sessional, chosen.life)
     if refused:
         raise NoEligibleNode(refused, shard)
-    return made(shard, _primary(shard, situation), True, within, "")  # says that there is none
+    return Target(shard, _primary(shard, situation), True, within, "")  # says that there is none
 
 
 def _over_share(shard: str, found: Candidates, situation: Situation) -> str:

@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql
 from sqlroute.health import Health, Observation, observe
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, has_replayed
-from sqlroute.routing.plan import Tier
+from sqlroute.routing.plan import Plan, Tier
 from sqlroute.routing.planner import Planner, plan, plan_rows
 from sqlroute.routing.policy import Demand, Policy
 from sqlroute.routing.rows import keyed_rows
@@ -85,7 +85,7 @@ class Bench:
         self.planner = Planner(self.topology)
 
     def is_merged(self, statement: Any) -> bool:
-        return isinstance(self.plan(statement), tuple)
+        return not isinstance(self.plan(statement), Plan)
 
     def plan(self, statement: Any) -> Any:
         """Plan a statement as a session does, up to the point where it would be sent."""

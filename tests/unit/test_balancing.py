@@ -22,7 +22,6 @@ from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import (
     Allowance,
     Candidates,
-    Group,
     Pool,
     Required,
     admit,
@@ -176,10 +175,10 @@ class TestChoose:
 
     def chosen(self, loads: dict[str, int], seed: int = 1) -> str:
         counted = {node: range(load) for node, load in loads.items()}
-        return choose(Pool(Group(self.fresh)), SESSION, counted, Random(seed)).node
+        return choose(Pool(self.fresh), SESSION, counted, Random(seed)).node
 
     def test_only_one_is_taken(self) -> None:
-        only = Pool(Group(self.fresh[:1]))
+        only = Pool(self.fresh[:1])
 
         assert choose(only, SESSION, {"main-b": range(99)}, Random(1)).node == "main-b"
 
@@ -195,7 +194,7 @@ class TestChoose:
         assert nodes == {"main-b", "main-d"}
 
     def test_less_loaded_of_two_is_taken(self) -> None:
-        two, loads = Pool(Group(self.fresh[:2])), {"main-b": range(2), "main-c": range(1)}
+        two, loads = Pool(self.fresh[:2]), {"main-b": range(2), "main-c": range(1)}
 
         nodes = {choose(two, SESSION, loads, Random(seed)).node for seed in range(50)}
 

@@ -355,6 +355,22 @@ class TestOtherSources:
     def test_suffix_is_text(self, statement: Any) -> None:
         assert refused(statement.where(key == 5)) == "text()"
 
+    def test_subquery_added_by_a_type_is_not_lost(self) -> None:
+        """SQLAlchemy renders it; the statement does not show it."""
+
+        class Ranked(sa.types.TypeDecorator[int]):
+            impl = sa.Integer
+            cache_ok = True
+
+            def bind_expression(self, bindparam: Any) -> Any:
+                everywhere = sa.select(sa.func.count()).select_from(orders.alias())
+                return everywhere.scalar_subquery() + bindparam
+
+        beside_key = orders.c.total == sa.literal(3, Ranked())
+
+        with pytest.raises(CrossShardRefused):
+            planned(sa.select(orders.c.id).where(orders.c.customer_id == 5, beside_key), of=FOUR)
+
 
 class TestTypes:
     """Only a comparison of the key's own type says something of its hash."""

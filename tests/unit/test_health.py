@@ -641,6 +641,31 @@ def _stepped(health: Health, step: dict[str, Any], at: float) -> Health:
     return health
 
 
+class TestMemory:
+    def test_probe_of_one_shard_makes_no_other_forget(self) -> None:
+        """Over a thousand shards one is probed all the time."""
+        health = Health.initial(topology(s0="ab", s1="cd"))
+        for shard in ("s0", "s1"):
+            health.shard(shard).memory["derived"] = shard
+
+        probed = after(health, primary("a", 11))
+
+        assert probed.shard("s0").memory == {}
+        assert probed.shard("s1").memory == {"derived": "s1"}
+
+    def test_what_was_derived_is_no_part_of_the_value(self, healthy: Health) -> None:
+        again = after(healthy, primary("a", 10))
+        again.shard("s0").memory["derived"] = 1
+
+        assert again.shard("s0") == after(healthy, primary("a", 10)).shard("s0")
+
+    def test_another_topology_forgets(self, healthy: Health) -> None:
+        """The weight of a node is the topology's."""
+        healthy.shard("s0").memory["derived"] = 1
+
+        assert healthy.with_topology(healthy.topology).shard("s0").memory == {}
+
+
 class TestSlow:
     def slow(self, healthy: Health) -> Health:
         """c answers in 400 ms since time 11."""

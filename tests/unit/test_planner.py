@@ -215,7 +215,7 @@ class TestManyRows:
 
 class TestMaps:
     def test_moved_bucket_is_where_the_new_map_says(self, planner: Planner) -> None:
-        """Plans of one shape are remembered per epoch."""
+        """A shape is remembered, a map is not."""
         statement = sa.select(Customer).where(Customer.id == ONE)
         before = planned(statement, of=FOUR, planner=planner)
         old = FOUR.maps["shop"]
@@ -233,7 +233,7 @@ class TestMaps:
 
         assert set(found.shards) == {"s0", "s2"}
 
-    def test_reasons_of_a_remembered_plan_are_whole(self, planner: Planner) -> None:
+    def test_reasons_of_a_remembered_shape_are_whole(self, planner: Planner) -> None:
         statement = sa.select(Customer).where(Customer.id == ONE)
 
         assert planned(statement, of=FOUR, planner=planner) == planned(
@@ -246,6 +246,18 @@ class TestMaps:
 
         assert planned(read, of=FOUR, planner=planner).kind == "read"
         assert planned(lock, of=FOUR, planner=planner).kind == "write"
+
+    def test_distrusted_shape_goes_to_primaries_and_says_why(self, planner: Planner) -> None:
+        around = situation(topology(s0="ab", s1="ab", s2="ab", s3="ab"))
+        read = sa.select(Customer).where(Customer.id == ONE)
+        before = planned(read, of=around, planner=planner)
+
+        shape_of(planner, read).distrust("s1-b refused it as a write")
+        after = planned(read, of=around, planner=planner)
+
+        assert (before.target.node, after.target.node) == ("s1-b", "s1-a")
+        assert after.reasons[0] == "s1-b refused it as a write"
+        assert after.reasons[1:] == before.reasons[1:]
 
 
 class TestNodes:
@@ -265,6 +277,23 @@ class TestNodes:
         nodes = {self.choose(seed, loads={"s1-b": 3, "s1-c": 1}) for seed in range(20)}
 
         assert nodes == {"s1-c"}
+
+    def test_first_read_of_a_read_only_transaction_is_in_it(self) -> None:
+        """What is remembered for reads outside of transactions is not what it gets."""
+        for affinity, expected in ((Affinity(), False), (Affinity().begun(read_only=True), True)):
+            around = situation(self.of, affinity=affinity)
+
+            assert planned(self.statement, of=around).target.in_transaction is expected
+
+    def test_policies_share_a_health_and_no_choice(self) -> None:
+        """The health remembers which replicas a policy allows."""
+        late = health(self.of, {"s1-b": {"lag": 3.0}, "s1-c": {"lag": 0.1}})
+        for most, expected in ((5.0, {"s1-b", "s1-c"}), (1.0, {"s1-c"}), (5.0, {"s1-b", "s1-c"})):
+            policy = Policy(max_lag=most)
+
+            nodes = {self.choose(seed, health=late, policy=policy) for seed in range(20)}
+
+            assert nodes == expected
 
     def test_ties_of_another_shard_do_not_matter(self) -> None:
         nodes = {self.choose(seed, affinity=Affinity().pinned("s0", "s0-a")) for seed in range(20)}
