@@ -616,7 +616,7 @@ def _run(session: RoutingMixin, works: list[Work], spares: Spares) -> list[Any]:
         timeout = min(timeout, session._limit.left())
     if session._routes.is_async:
         return scatter_async(works, timeout, spares)
-    return scatter(works, session._router.threads(), timeout, spares)
+    return scatter(works, timeout, spares)
 
 
 def _is_absence(error: BaseException) -> bool:

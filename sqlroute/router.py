@@ -15,7 +15,6 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -97,9 +96,6 @@ READ_ONLY = "25006"
 TRIES = 8
 """How often a statement is planned anew because servers or the shard map have changed."""
 
-SCATTER_THREADS = 64
-"""Statements that sync sessions may have under way in scatters; more wait for a thread."""
-
 
 class Router:
     """Routes the sessions it makes.
@@ -153,7 +149,6 @@ class Router:
         self.listeners.add(
             log_event, (LeftOut, Retried)
         )  # the monitor logs what it sees, the rest is debug
-        self._threads: ThreadPoolExecutor | None = None
         self._has_looked = False  # in this process
         _routers.add(self)
         self._retired_async: list[Engine] = []
@@ -886,13 +881,6 @@ class Router:
                 self._answer(question, situation, engines, limit)
             situation.renew(self.monitor.health, self._maps)
 
-    def threads(self) -> ThreadPoolExecutor:
-        """Return the threads that wait for servers in scatters of sync sessions."""
-        if self._threads is None:
-            with self._lock:
-                self._threads = ThreadPoolExecutor(SCATTER_THREADS, "sqlroute-scatter")
-        return self._threads
-
     def listen(self, listener: Listener, *kinds: type[Event]) -> Callable[[], None]:
         """Have a listener told what happens from now on.
 
@@ -1023,9 +1011,6 @@ class Router:
         self._discovery.close()
         self._engines[False].close()
         self._coordinators[False].close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
         self._has_looked = False
 
     async def aclose(self) -> None:
@@ -1053,7 +1038,7 @@ _routers: weakref.WeakSet[Router] = weakref.WeakSet()
 def _start_anew() -> None:
     """In a child after a fork: neither threads nor locks of the parent are of use."""
     for router in list(_routers):
-        router._has_looked, router._threads = False, None
+        router._has_looked = False
         router._reloading = threading.Lock()
         router._discovery.forget()
         router._process = _process()

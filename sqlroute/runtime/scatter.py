@@ -1,9 +1,12 @@
 """Run one function per shard at the same time, and build all objects in the calling thread.
 
 Sync: each function runs in a greenlet of its own. Where it would block on a server (the dialect's
-``do_execute``) the call goes to a thread and the greenlet gives way; when its answer is there the
-greenlet goes on. So servers work in parallel while Session, ORM and identity map see one thread.
+``do_execute``) psycopg hands us the socket that it waits for, and the greenlet gives way; when that
+is ready the greenlet goes on. So servers work in parallel, and all of Python is in one thread.
 Async: the same functions as tasks, since SQLAlchemy's async cursor gives way by itself.
+
+Internal of psycopg used, checked by ``tests/unit/test_psycopg_internals.py``: a connection waits by
+its own ``wait``, which drives a generator of what to wait for.
 
 The first error cancels the others, on the servers too; a deadline bounds the whole. Where the
 caller spares an error, it becomes the result of its work instead, and the others go on.
@@ -17,8 +20,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
+from selectors import BaseSelector, DefaultSelector
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -63,28 +66,35 @@ class Branch(greenlet):
         self.is_abandoned = False
 
     def call(self, cursor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Hand a blocking call to the hub and wait for its result, other branches running on."""
-        self.connection = getattr(cursor, "connection", None)
-        hub = self.parent
-        assert hub is not None
+        """Make a blocking call, giving way to the other branches while it waits for the server."""
+        if self.is_abandoned:  # it would try again elsewhere
+            raise _Abandoned("another shard has failed")
+        connection = self.connection = cursor.connection
+        connection.wait = self._wait
         try:
-            return hub.switch(lambda: function(*arguments))
+            return function(*arguments)
         finally:
+            del connection.wait
             with self.cancelling:
                 self.connection = None
 
+    def _wait(self, steps: Any, *_: Any, **__: Any) -> Any:
+        """Do as psycopg's ``Connection.wait``: drive a generator that yields what to wait for."""
+        hub, pgconn = self.parent, self.connection.pgconn
+        assert hub is not None
+        try:
+            wanted = next(steps)
+            while True:
+                wanted = steps.send(hub.switch(pgconn.socket, wanted))
+        except StopIteration as end:
+            return end.value
 
-def scatter(
-    works: Sequence[Work],
-    threads: ThreadPoolExecutor,
-    timeout: float,
-    spares: Spares = none_spared,
-) -> list[Any]:
+
+def scatter(works: Sequence[Work], timeout: float, spares: Spares = none_spared) -> list[Any]:
     """Run the works in parallel and return their results in order, a spared error as its own.
 
     Args:
         works: one per shard.
-        threads: where blocking calls go.
         timeout: seconds for all of them together.
         spares: which errors do not end the whole.
 
@@ -92,23 +102,22 @@ def scatter(
         DeadlineExceeded: not all were done in time; names those that were not.
         Exception: the first error of a work, after all others have ended.
     """
-    hub = _Hub(threads, time.monotonic() + timeout, timeout, spares)
-    for name, function in works:
-        hub.start(name, function)
-    return hub.run()
+    with DefaultSelector() as selector:
+        hub = _Hub(selector, timeout, spares)
+        for name, function in works:
+            hub.start(name, function)
+        return hub.run()
 
 
 class _Hub:
-    def __init__(
-        self, threads: ThreadPoolExecutor, deadline: float, timeout: float, spares: Spares
-    ) -> None:
-        self._spares = spares
-        self._threads = threads
-        self._deadline = deadline
+    def __init__(self, selector: BaseSelector, timeout: float, spares: Spares) -> None:
+        self._selector = selector
+        self._deadline = time.monotonic() + timeout
         self._timeout = timeout
+        self._spares = spares
         self._branches: list[Branch] = []
         self._results: dict[Branch, Any] = {}
-        self._pending: dict[Future[Any], Branch] = {}
+        self._waiting: set[Branch] = set()
         self._error: BaseException | None = None
 
     def start(self, name: str, function: Callable[[], Any]) -> None:
@@ -116,38 +125,32 @@ class _Hub:
         branch.gr_context = copy_context()
         self._branches.append(branch)
         if self._error is None:
-            self._resume(branch, branch.switch)
+            self._resume(branch)
 
     def run(self) -> list[Any]:
-        while self._pending:
+        while self._waiting:
             left = None if self._error else max(0.0, self._deadline - time.monotonic())
             try:
-                done, _ = wait(self._pending, left, FIRST_COMPLETED)
-            except BaseException as interrupt:  # the threads must end before we do
+                ready = self._selector.select(left)
+            except BaseException as interrupt:  # what is under way must end before we do
                 self._fail(interrupt)
                 self._error = interrupt  # whatever has ended it before
                 continue
-            if not done:
-                late = [b.name for b in self._branches if b in self._pending.values()]
+            if not ready and self._error is None:
+                late = [branch.name for branch in self._branches if branch in self._waiting]
                 self._fail(_late(late, self._timeout))
-                continue
-            for future in done:
-                branch = self._pending.pop(future)
-                error = future.exception()
-                if error is None:
-                    self._resume(branch, branch.switch, future.result())
-                else:
-                    self._resume(branch, branch.throw, error)
+            for key, events in ready:
+                self._selector.unregister(key.fileobj)
+                self._waiting.remove(key.data)
+                self._resume(key.data, events)
         if self._error is not None and not self._spares(self._error):
             raise self._error
         return [self._results.get(branch, self._error) for branch in self._branches]
 
-    def _resume(self, branch: Branch, enter: Callable[..., Any], *arguments: Any) -> None:
-        """Let a branch run until its next blocking call, or its end."""
+    def _resume(self, branch: Branch, *events: int) -> None:
+        """Let a branch run until it waits for its server again, or to its end."""
         try:
-            found = enter(*arguments)
-            if self._error is not None and not branch.dead:  # it would try again elsewhere
-                found = branch.throw(_Abandoned("another shard has failed"))
+            found = branch.switch(*events)
         except BaseException as error:  # raised by run() when all have ended
             _locate(error, branch.name)
             if self._error is None and self._spares(error):
@@ -158,17 +161,17 @@ class _Hub:
         if branch.dead:
             self._results[branch] = found
         else:
-            self._pending[self._threads.submit(found)] = branch
+            descriptor, wanted = found
+            self._selector.register(descriptor, wanted, branch)
+            self._waiting.add(branch)
 
     def _fail(self, error: BaseException) -> None:
         if self._error is not None:
             return
         self._error = error
-        for branch in self._pending.values():
+        for branch in self._waiting:
             branch.is_abandoned = True
-            if branch.connection is not None:
-                thread = threading.Thread(target=_cancel, args=(branch,), daemon=True)
-                thread.start()
+            threading.Thread(target=_cancel, args=(branch,), daemon=True).start()
 
 
 def is_abandoned() -> bool:
