@@ -6,9 +6,10 @@ A new psycopg that changes one fails here, by name, not somewhere in a transacti
 from __future__ import annotations
 
 import inspect
+from selectors import EVENT_READ, EVENT_WRITE
 
 import psycopg
-from psycopg import Connection, Cursor, Pipeline, generators
+from psycopg import Connection, Cursor, Pipeline, generators, waiting
 from psycopg.errors import UniqueViolation, error_from_result
 from sqlalchemy.dialects.postgresql.psycopg import AsyncAdapt_psycopg_cursor
 
@@ -76,3 +77,11 @@ def test_two_phase_state_of_a_connection() -> None:
 def test_async_cursor_of_sqlalchemy_knows_its_connection() -> None:
     """``_connection`` is psycopg's own."""
     assert "_connection" in AsyncAdapt_psycopg_cursor.__mro__[1].__slots__  # type: ignore[attr-defined]
+
+
+def test_a_connection_waits_by_its_own_wait() -> None:
+    """A scatter puts its own in place, on the connection, and drives the same generators."""
+    assert "self._conn.wait(" in source(Cursor.execute)
+    assert "gen, self.pgconn.socket" in source(Connection.wait)
+    assert (waiting.Ready.R, waiting.Ready.W) == (EVENT_READ, EVENT_WRITE)
+    assert (waiting.Wait.R, waiting.Wait.W) == (EVENT_READ, EVENT_WRITE)
