@@ -36,6 +36,7 @@ from sqlroute.errors import (
 )
 from sqlroute.events import Retried
 from sqlroute.identity import BY_KEY, tokens_by_key
+from sqlroute.results import in_batches
 from sqlroute.routing.plan import Plan
 from sqlroute.routing.token import format_lsn
 from sqlroute.runtime.lending import around, lent, without
@@ -65,6 +66,7 @@ _REFRESH = "run `sqlroute coordinator refresh`"
 _UNKNOWN = frozenset({"3F000", "42P01", "42703", "42704", "42883"})
 _DENIED = frozenset({"42501", "2F003", "28000", "28P01"})
 _GONE = frozenset({"57P01", "57P02", "57P03", "25006"})
+_AT_ONCE = {"yield_per": None, "stream_results": False}
 _LEFT_OUT = "SELECT key, value FROM sqlroute.coordinator, jsonb_each_text(left_out) ORDER BY 1"
 
 
@@ -83,10 +85,6 @@ def coordinated(
     """
     session = call.session
     _check_unwritten(session, found)
-    if call.is_streaming:
-        raise CrossShardRefused(
-            "yield_per", "the coordinator's rows are fetched at once, up to max_rows; leave it out"
-        )
     tries = 1
     while True:
         try:
@@ -184,16 +182,18 @@ def _on(call: Call, described: Described, node: str, found: Plan) -> Any:
     coordinator = keyspace.coordinator
     assert coordinator is not None
     token = BY_KEY if described.shape.reads_entities else None
+    streams = call.is_streaming and not call.scalar
+    options = _AT_ONCE if streams else {"prebuffer_rows": True}  # see identity
     once = replace(
         call,
         statement=capped(call.statement, coordinator.max_rows),
-        local={**call.local, "prebuffer_rows": True},  # objects are made here, see identity
+        local={**call.local, **options},
     )
     try:
         with _lent(session, keyspace, node, found) as connection:
             try:
                 with tokens_by_key(session):
-                    return once.run(connection, token=token, scalar=call.scalar)
+                    result = once.run(connection, token=token, scalar=call.scalar)
             except DBAPIError as error:
                 reason = _explained(error, node, coordinator.timeout) or _diagnosed(
                     error, connection, _check(session, keyspace, found), node
@@ -205,6 +205,7 @@ def _on(call: Call, described: Described, node: str, found: Plan) -> Any:
         if error.statement is not None:
             raise
         raise _unreachable(error, node) from error
+    return in_batches(result, session, call.batch) if streams else result
 
 
 def _lent(

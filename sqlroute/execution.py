@@ -167,6 +167,13 @@ class Call:
     def is_streaming(self) -> bool:
         return _is_streaming(self.options)
 
+    @property
+    def batch(self) -> int | None:
+        """How many rows a stream gives at a time, ``None`` where it was not said."""
+        loading = self.options.get("_sa_orm_load_options")
+        size: int | None = self.options.get("yield_per") or getattr(loading, "_yield_per", None)
+        return size
+
 
 def execute(call: Call) -> Any:
     """Plan a statement and run it.
@@ -566,7 +573,7 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if rewritten is None:
         again = partial(_planned_again, call, described, options)
         return coordinated(replace(call, scalar=False), described, found, again)
-    size = _batch(call.options) if call.is_streaming else None
+    size = call.batch if call.is_streaming else None
     if call.is_streaming:
         call.local = _shared(call, size, len(found.targets))
     most, statement = session._router.policy.max_scatter_rows, rewritten.statement
@@ -765,13 +772,6 @@ def _home(options: Mapping[str, Any]) -> str | None:
 def _is_stale_load(described: Described, target: Target) -> bool:
     """Say if objects come from a replica, and must be checked before they are written."""
     return not target.is_primary and described.shape.reads_entities
-
-
-def _batch(options: Mapping[str, Any]) -> int | None:
-    """Return how many rows a stream gives at a time, ``None`` where it was not said."""
-    loading = options.get("_sa_orm_load_options")
-    size: int | None = options.get("yield_per") or getattr(loading, "_yield_per", None)
-    return size
 
 
 def _is_streaming(options: Mapping[str, Any]) -> bool:
