@@ -562,9 +562,11 @@ def _on_primary(
     return _write(call, target, token, call.scalar)
 
 
-def _planned_again(call: Call, described: Described, options: Mapping[str, Any]) -> Plan:
+def _planned_again(
+    call: Call, described: Described, options: Mapping[str, Any], exclude: frozenset[str]
+) -> Plan:
     """Return the plan for the coordinator after the shards, or their map, were looked at anew."""
-    return plan(call.session, described, options)[0]
+    return plan(call.session, described, options, exclude)[0]
 
 
 def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:

@@ -62,6 +62,16 @@ def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | N
     return answer
 
 
+def at_once(result: Result[Any], session: RoutingMixin) -> Result[Any]:
+    """Return a coordinator's result, whose rows are all here, with its objects made."""
+    if isinstance(result, ChunkedIteratorResult):
+        with tokens_by_key(session):
+            chunks = list(result.chunks(None))
+        result.chunks = lambda _: iter(chunks)
+        result.iterator = chain.from_iterable(chunks)
+    return result
+
+
 def in_batches(result: Result[Any], session: RoutingMixin, size: int | None) -> Result[Any]:
     """Return a coordinator's result, whose rows are all here, as a stream gives it.
 

@@ -807,7 +807,7 @@ class TestLeftOut:
         changed.refresh()
 
         with pytest.raises(CrossShardRefused, match="of regclass"):
-            session.execute(text("SELECT count(DISTINCT id) FROM note"))
+            session.execute(counted_with("note"))
 
 
 class TestRefusals:
@@ -1070,10 +1070,19 @@ class TestCommands:
         self, shop: Coordinated, run: Callable[..., tuple[int, str, str]]
     ) -> None:
         """As JSON for programs, as a table for people; exit code 3 where nothing is installed."""
+        code, out, err = run("check")
+        assert code == 3
+        assert "c-a/1" in out + err
+        assert run("install", "--no-analyze")[0] == 0
         code, out, _ = run("check", "--json")
         assert code == 0
-        (found,) = json.loads(out)["coordinators"]
-        assert (found["node"], found["tables"], found["faults"]) == ("c-a", 7, [])
+        found = json.loads(out)["coordinators"]
+        assert [(each["node"], each["tables"], each["faults"]) for each in found] == [
+            ("c-a", 7, []),
+            ("c-a/1", 7, []),
+        ]
+        assert found[1]["replicas"] == {"s0": "s0-b", "s1": "s1-b"}
+        assert "s0-b, s1-b" in "".join(run("check")[1:])
 
         code, out, err = run("remove", "--json")
         assert (code, "say --yes" in err) == (5, True)
