@@ -106,7 +106,8 @@ def coordinated(
         except (SQLRouteError, DBAPIError) as error:
             if _is_of_replicas(error, found):
                 failed |= {node}
-                session._router.readers.set_aside(keyspace, node)
+                if isinstance(error, CoordinatorError):  # not this statement's own matter
+                    session._router.readers.set_aside(keyspace, node)
             elif not isinstance(error, CoordinatorUnavailable) or tries == TRIES:
                 raise
             else:

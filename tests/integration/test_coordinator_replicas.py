@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ class TestWhoIsRead:
                 with heard(router) as events:
                     until(lambda: session.scalar(COUNTED) == 12)
                 assert any(isinstance(event, Fallback) for event in events)
-                assert "max_lag 0.2 s" in str(session.explain(COUNTED))
+                assert "max_lag 0.2 s" in str(router.explain(COUNTED))
             with (
                 shop.routed(max_lag=0.2, primary_fallback=False) as router,
                 router.sessionmaker()() as session,
@@ -355,49 +356,81 @@ class TestFaults:
 
     def test_a_conflict_with_recovery_is_no_error(self, shop: Coordinated, router: Router) -> None:
         """The replica wants to replay what the statement still holds: primaries answer it."""
-        long = text(
-            "SELECT count(DISTINCT (a.id, b.id, c.id, d.id, e.id, f.id)) FROM customer a, "
-            "customer b, customer c, customer d, customer e, customer f WHERE f.id < 6"
-        )
+
+        def lock() -> None:
+            for shard in ("s0", "s1"):
+                with psycopg.connect(**shop.servers.shard(shard).nodes[0].conninfo) as other:
+                    other.execute("LOCK TABLE customer IN ACCESS EXCLUSIVE MODE")
+
         replicas = [shop.servers.node(name) for name in REPLICAS]
         for node in replicas:
             patient(shop, node, "0")
-        seen: list[Any] = []
-
-        def ask_it() -> None:
-            with router.sessionmaker()() as session:
-                seen.append(session.scalar(long))
-
         try:
-            with heard(router) as events:
-                thread = threading.Thread(target=ask_it)
-                thread.start()
-                until(lambda: any(shop.at(node, _HOLDS) for node in replicas))
-                for shard in ("s0", "s1"):
-                    with psycopg.connect(**shop.servers.shard(shard).nodes[0].conninfo) as other:
-                        other.execute("LOCK TABLE customer IN ACCESS EXCLUSIVE MODE")
-                thread.join()
+            events = while_it_runs(shop, router, lock)
         finally:
             for node in replicas:
                 patient(shop, node, "30s")
 
-        assert seen == [10**5 * 5]
-        assert [event for event in events if isinstance(event, Retried)]
+        assert {event.node for event in events} <= {"c-a/1", "c-a/2"}
+        assert events
+
+    def test_a_replica_that_may_have_begun_anew_is_not_believed(
+        self, shop: Coordinated, router: Router
+    ) -> None:
+        """After a crash it would show what is older than what it was chosen by."""
+        lives = {name: router.health().of(name).life for name in REPLICAS}
+
+        def cut_off() -> None:
+            """To the monitor it looks as if the server had crashed: its connection has ended."""
+            for name in REPLICAS:
+                shop.at(shop.servers.node(name), _MONITORS_END)
+            until(lambda: all(router.health().of(name).life != lives[name] for name in lives))
+
+        events = while_it_runs(shop, router, cut_off)
+
+        assert "has begun anew meanwhile" in events[0].error
 
     def test_an_unlogged_table_is_read_on_primaries(
-        self, shop: Coordinated, session: RoutingSession
+        self, shop: Coordinated, router: Router
     ) -> None:
-        """Replicas have none of its rows, and refuse."""
-        with unlogged(shop, "setting"):
+        """Replicas have none of its rows, and refuse; they are read for other statements still."""
+        with unlogged(shop, "setting"), router.sessionmaker()() as session:
             assert session.scalar(select(func.count(sa.distinct(Setting.value)))) == 0
-            assert session.scalar(COUNTED) == 10
+            assert router.explain(COUNTED).replicas
 
 
+_LONG = text(
+    "SELECT count(DISTINCT (a.id, b.id, c.id, d.id, e.id, f.id)) FROM customer a, customer b, "
+    "customer c, customer d, customer e, customer f WHERE f.id < 6"
+)
+_MONITORS_END = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE application_name LIKE 'sqlroute monitor%'
+"""
 _HOLDS = """
 SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
  WHERE a.application_name = 'postgres_fdw' AND a.state = 'idle in transaction'
    AND l.mode = 'AccessShareLock' AND l.relation::regclass::text LIKE 'customer%'
 """
+
+
+def while_it_runs(shop: Coordinated, router: Router, action: Callable[[], None]) -> list[Retried]:
+    """Act when a long statement has read replicas and goes on; return what was told of it."""
+    seen: list[Any] = []
+
+    def ask_it() -> None:
+        with router.sessionmaker()() as session:
+            seen.append(session.scalar(_LONG))
+
+    with heard(router) as events:
+        thread = threading.Thread(target=ask_it)
+        thread.start()
+        until(lambda: any(shop.at(shop.servers.node(name), _HOLDS) for name in REPLICAS))
+        action()
+        thread.join()
+
+    assert seen == [5 * 10**5]
+    return [event for event in events if isinstance(event, Retried)]
 
 
 def patient(shop: Coordinated, node: LocalNode, delay: str) -> None:
@@ -431,6 +464,45 @@ def frozen(shop: Coordinated, *names: str) -> Iterator[None]:
     finally:
         for name in names:
             shop.servers.node(name).resume()
+
+
+class TestCheck:
+    """What a statement has read is proved by the server that answered it."""
+
+    def checked(self, shop: Coordinated, number: int, floors: dict[str, Any]) -> str:
+        """Return the SQLSTATE of the check on one of the coordinator's databases."""
+        database = f"{shop.database}_{number}" if number else shop.database
+        epoch = shop.router.shard_map().epoch
+        with psycopg.connect(**{**shop.host.conninfo, "dbname": database}) as connection:
+            try:
+                connection.execute(
+                    "SELECT sqlroute.coordinator_check('app', %s, %s::jsonb)",
+                    (epoch, json.dumps(floors)),
+                )
+            except psycopg.Error as error:
+                return error.sqlstate or "?"
+        return ""
+
+    def test_only_the_replica_that_was_meant_will_do(self, shop: Coordinated) -> None:
+        """Another server, or the same one after another start, is told by when it was started."""
+        health = shop.router.health()
+        started = {name: health.of(name).started for name in (*REPLICAS, "s0-a", "s1-a")}
+        meant = {shard: [None, None, started[f"{shard}-b"]] for shard in ("s0", "s1")}
+        others = {shard: [None, None, started[f"{shard}-c"]] for shard in ("s0", "s1")}
+        timelines = {s: [health.shard(s).highest_timeline, None] for s in ("s0", "s1")}
+
+        assert self.checked(shop, 1, meant) == ""
+        assert self.checked(shop, 2, others) == ""
+        assert self.checked(shop, 0, timelines) == ""
+        assert self.checked(shop, 1, others) == "SR014"
+        assert self.checked(shop, 1, timelines) == "SR014"
+        assert self.checked(shop, 0, {s: [None, None, started[f"{s}-a"]] for s in meant}) == "SR014"
+
+    def test_a_position_it_has_shown_must_be_reached(self, shop: Coordinated) -> None:
+        health = shop.router.health()
+        ahead = {shard: [None, "FFFF/0", health.of(f"{shard}-b").started] for shard in ("s0", "s1")}
+
+        assert self.checked(shop, 1, ahead) == "SR014"
 
 
 class TestMigrations:
