@@ -107,7 +107,7 @@ def coordinated(
             if _is_of_replicas(error, found):
                 failed |= {node}
                 if isinstance(error, CoordinatorError):  # not this statement's own matter
-                    session._router.readers.set_aside(keyspace, node)
+                    session._router.readers.set_aside(node, str(error))
             elif not isinstance(error, CoordinatorUnavailable) or tries == TRIES:
                 raise
             else:
@@ -120,6 +120,7 @@ def coordinated(
             if not found.coordinators:  # with the map as it is now, one shard has all of it
                 raise
         else:
+            session._router.readers.answered(node)
             for target in found.targets:  # none may read what is older from now on
                 session._affinity = session._affinity.reading(
                     target.shard, target.node, target.life, proved=target.is_proved

@@ -257,10 +257,14 @@ class Reader:
         node: its name among the nodes of coordinators.
         replicas: the node that it reads of each shard; a shard that is missing here has none, and
             its primary is read.
+        built_at: another one when it was built anew.
+        refused: not empty: it is left alone for now, and why.
     """
 
     node: str
     replicas: Mapping[str, str]
+    built_at: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)

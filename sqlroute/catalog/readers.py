@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from sqlroute.catalog.maps import connect
 from sqlroute.topology import Keyspace, Node, Reader
@@ -16,10 +17,19 @@ from sqlroute.topology import Keyspace, Node, Reader
 log = logging.getLogger("sqlroute.catalog")
 
 KEPT = 10.0
-"""Seconds for which it is remembered, and for which one that could not answer is left alone."""
+"""Seconds for which it is remembered."""
+
+ASIDE = 10.0
+"""Seconds for which one that could not answer is left alone; twice as long each time that it is
+tried in vain again..."""
+
+ASIDE_AT_MOST = 300.0
+"""...up to this."""
 
 _REPLICAS = """
-SELECT shard, node FROM sqlroute.coordinator_shard WHERE keyspace = %s AND node IS NOT NULL
+SELECT s.shard, s.node, c.built_at::text
+  FROM sqlroute.coordinator c JOIN sqlroute.coordinator_shard s USING (keyspace)
+ WHERE keyspace = %s AND s.node IS NOT NULL
 """
 
 
@@ -37,6 +47,7 @@ class Readers:
         self._timeout = timeout
         self._clock = clock
         self._known: dict[str, tuple[tuple[Reader, ...], float]] = {}
+        self._aside: dict[str, tuple[float, float, str]] = {}  # until when, how long, why
 
     def of(self, keyspace: Keyspace) -> tuple[Reader, ...] | None:
         """Return those of a keyspace; ``None`` when it is time to :meth:`read` them.
@@ -49,10 +60,14 @@ class Readers:
         if known is None:
             return None
         readers, until = known
-        if now < until:
-            return readers
-        self._known[keyspace.name] = readers, now + KEPT
-        return None
+        if now >= until:
+            self._known[keyspace.name] = readers, now + KEPT
+            return None
+        return tuple(self._judged(reader, now) for reader in readers) if self._aside else readers
+
+    def _judged(self, reader: Reader, now: float) -> Reader:
+        until, _, why = self._aside.get(reader.node, (now, 0.0, ""))
+        return replace(reader, refused=f"could not answer: {why}") if now < until else reader
 
     def read(self, keyspace: Keyspace) -> None:
         """Ask the databases of a coordinator's first node that answers."""
@@ -68,17 +83,29 @@ class Readers:
 
     def learn(self, keyspace: Keyspace, readers: tuple[Reader, ...]) -> None:
         """Remember those of a keyspace as of now."""
+        known, _ = self._known.get(keyspace.name, ((), 0.0))
+        before = {reader.node: reader for reader in known}
+        for reader in readers:
+            if before.get(reader.node, reader) != reader:
+                self.answered(reader.node)  # it was built anew since it failed
         self._known[keyspace.name] = readers, self._clock() + KEPT
 
-    def set_aside(self, keyspace: Keyspace, node: str) -> None:
-        """Leave one alone that could not answer, until they are read anew."""
-        readers, until = self._known.get(keyspace.name, ((), 0.0))
-        kept = tuple(reader for reader in readers if reader.node != node)
-        self._known[keyspace.name] = kept, until
+    def set_aside(self, node: str, why: str) -> None:
+        """Leave one alone for a while that could not answer."""
+        now = self._clock()
+        until, before, _ = self._aside.get(node, (now, 0.0, ""))
+        if now < until:
+            return  # several statements have failed at once
+        seconds = min(2 * before, ASIDE_AT_MOST) if before else ASIDE
+        self._aside[node] = now + seconds, seconds, why
+
+    def answered(self, node: str) -> None:
+        """Forget that one could not answer."""
+        self._aside.pop(node, None)
 
     def forget(self) -> None:
         """Forget all: the configuration has changed."""
-        self._known = {}
+        self._known, self._aside = {}, {}
 
 
 def _read(node: Node, keyspace: Keyspace, timeout: float) -> Reader | None:
@@ -87,8 +114,8 @@ def _read(node: Node, keyspace: Keyspace, timeout: float) -> Reader | None:
 
     try:
         with connect(node, timeout) as connection:
-            found = dict(connection.execute(_REPLICAS, (keyspace.name,)).fetchall())
+            rows = connection.execute(_REPLICAS, (keyspace.name,)).fetchall()
     except psycopg.Error as error:
         log.info("%s reads no replicas: %s", node.name, str(error).partition("\n")[0])
         return None
-    return Reader(node.name, found) if found else None
+    return Reader(node.name, {shard: name for shard, name, _ in rows}, rows[0][2]) if rows else None

@@ -196,7 +196,16 @@ def removal(schemas: Iterable[str]) -> tuple[str, ...]:
 
 
 def database(name: str, like: Host) -> str:
-    """Return the statement that makes a database which orders text as another one."""
+    """Return the statement that makes a database which orders text as another one.
+
+    Raises:
+        OperationRefused: PostgreSQL would cut its name, which may be that of another one then.
+    """
+    if len(name.encode()) > MAX_NAME:
+        raise OperationRefused(
+            f"{name} is no name of a database: it has more than {MAX_NAME} bytes; give the "
+            "coordinator's a shorter one"
+        )
     provider = _PROVIDERS[like.provider]
     options = [
         f"ENCODING {literal(like.encoding)}",

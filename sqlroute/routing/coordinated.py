@@ -138,6 +138,8 @@ def _read_by(reader: Reader, keyspace: Keyspace, situation: Situation) -> tuple[
     """
     if reader.node in situation.exclude:
         raise NoEligibleNode("just failed")
+    if reader.refused:
+        raise NoEligibleNode(reader.refused)
     return tuple(
         replica_beside(shard, reader.replicas[shard], situation, _READ)
         if shard in reader.replicas

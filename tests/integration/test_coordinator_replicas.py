@@ -529,6 +529,9 @@ class TestMigrations:
                     "c-a/2",
                 }
                 assert nodes(session) == ("s0-a", "s1-a")
+                assert "c-a/1: could not answer: coordinator c-a/1 is stale: the schema of" in str(
+                    router.explain(COUNTED)
+                )
                 with heard(router) as events:
                     assert session.scalar(extra) == 1
                 assert not [event for event in events if isinstance(event, Retried)]

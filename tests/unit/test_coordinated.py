@@ -23,7 +23,7 @@ from sqlroute.catalog.coordinator import (
     TableFacts,
     TypeFacts,
 )
-from sqlroute.catalog.readers import KEPT, Readers
+from sqlroute.catalog.readers import ASIDE, KEPT, Readers
 from sqlroute.errors import (
     CrossShardRefused,
     LostTimeline,
@@ -184,8 +184,11 @@ class TestReplicas:
         behind = health(THREE, {"s1-b": {"lag": 8.0}})
 
         assert nodes(planned(SUBQUERY, reading(B, C, health=behind))) == ["s0-c", "s1-c"]
-        failed = reading(B, C, exclude=frozenset({"c-a/2"}))
-        assert planned(SUBQUERY, failed).coordinators == ("c-a/1",)
+        failed = reading(B, C, exclude=frozenset({"c-a/1"}))
+        assert planned(SUBQUERY, failed).coordinators == ("c-a/2",)
+        refused = replace(B, refused="could not answer: stale")
+        assert planned(SUBQUERY, reading(refused, C)).coordinators == ("c-a/2",)
+        assert str(planned(SUBQUERY, reading(refused))).endswith("c-a/1: could not answer: stale")
 
     def test_they_take_turns(self) -> None:
         turns = defaultdict(count)
@@ -533,19 +536,45 @@ class TestReplicasRead:
 class TestKnownReaders:
     """What is remembered of databases that read replicas."""
 
-    def test_one_that_failed_is_left_alone_until_all_are_read_anew(self) -> None:
-        now = 0.0
-        known, keyspace = Readers(1.0, lambda: now), ALL.topology.default
-        assert known.of(keyspace) is None
-        known.learn(keyspace, (B, C))
+    keyspace = ALL.topology.default
 
-        known.set_aside(keyspace, "c-a/1")
-        assert known.of(keyspace) == (C,)
+    def test_they_are_asked_anew_from_time_to_time(self) -> None:
+        """By one caller, the others go on with what was known."""
+        now = 0.0
+        known = Readers(1.0, lambda: now)
+        assert known.of(self.keyspace) is None
+
+        known.learn(self.keyspace, (B, C))
+        assert known.of(self.keyspace) == (B, C)
         now = KEPT
-        assert known.of(keyspace) is None
-        assert known.of(keyspace) == (C,)  # one caller reads them, the others go on
+        assert known.of(self.keyspace) is None
+        assert known.of(self.keyspace) == (B, C)
         known.forget()
-        assert known.of(keyspace) is None
+        assert known.of(self.keyspace) is None
+
+    def test_one_that_failed_is_left_alone_longer_each_time(self) -> None:
+        """However many statements fail at once; until it answers, or is built anew."""
+        now = 0.0
+        known = Readers(1.0, lambda: now)
+
+        def refused(first: Reader = B) -> list[str]:
+            known.learn(self.keyspace, (first, C))
+            return [each.refused for each in known.of(self.keyspace) or ()]
+
+        assert refused() == ["", ""]
+        for seconds in (ASIDE, 2 * ASIDE, 4 * ASIDE):
+            for _ in range(3):
+                known.set_aside("c-a/1", "stale")
+            now += seconds - 1
+            assert refused() == ["could not answer: stale", ""]
+            now += 1
+            assert refused() == ["", ""]
+        known.answered("c-a/1")
+        known.set_aside("c-a/1", "stale")
+        now += ASIDE
+        assert refused() == ["", ""]
+        known.set_aside("c-a/1", "stale")
+        assert refused(replace(B, built_at="later")) == ["", ""]
 
     def test_nobody_asks_where_there_are_none(self) -> None:
         coordinator = Coordinator((Node("c-a"),), replicas=0)
@@ -595,6 +624,10 @@ class TestDisagreements:
         (found,) = foreign.disagreements([facts("s0"), other], EVEN)
 
         assert why in found
+
+    def test_a_name_that_would_be_cut_is_refused(self) -> None:
+        with pytest.raises(OperationRefused, match="more than 63 bytes"):
+            foreign.database("c" * 62 + "_1", HOST)
 
     def test_a_database_is_made_alike(self) -> None:
         icu = replace(HOST, provider="i", locale="en-US", rules=None)
