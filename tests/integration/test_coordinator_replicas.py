@@ -21,7 +21,7 @@ from models import Base, Customer, Setting
 from sqlalchemy import func, select, text
 
 from sqlroute import NoEligibleNode, Router, RoutingSession
-from sqlroute.errors import OperationRefused, StaleObjectRead
+from sqlroute.errors import CoordinatorStale, OperationRefused, StaleObjectRead
 from sqlroute.events import Event, Fallback, Retried
 from sqlroute.local.node import LocalNode
 from sqlroute.ops import coordinator
@@ -407,6 +407,8 @@ _MONITORS_END = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE application_name LIKE 'sqlroute monitor%'
 """
+_LOCKED = "SELECT 1 FROM pg_locks WHERE granted AND mode = 'AccessExclusiveLock'"
+_WAITS = "SELECT 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'"
 _HOLDS = """
 SELECT 1 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
  WHERE a.application_name = 'postgres_fdw' AND a.state = 'idle in transaction'
@@ -540,6 +542,36 @@ class TestMigrations:
             assert session.scalar(extra) == 1
             assert nodes(session)[0] != "s0-a"
         assert [report.faults for report in coordinator.check(migrated.router)] == [(), (), ()]
+
+    def test_a_table_that_is_rewritten_meanwhile_is_not_empty(
+        self, migrated: Coordinated, router: Router
+    ) -> None:
+        """Replaying takes the locks that the migration took: what was read is of one schema."""
+        seen: list[Any] = []
+
+        def ask_it() -> None:
+            with router.sessionmaker()() as session:
+                try:
+                    seen.append(session.scalar(COUNTED))
+                except CoordinatorStale as error:
+                    seen.append(error)
+
+        replicas = [migrated.servers.node(name) for name in ("s1-b", "s1-c")]
+        with (
+            heard(router) as events,
+            psycopg.connect(**migrated.servers.shard("s1").nodes[0].conninfo) as writer,
+        ):
+            writer.execute("ALTER TABLE customer ADD COLUMN extra float DEFAULT random()")
+            until(lambda: all(migrated.at(node, _LOCKED) for node in replicas))
+            thread = threading.Thread(target=ask_it)
+            thread.start()
+            until(lambda: any(migrated.at(node, _WAITS) for node in replicas))
+            writer.commit()
+            thread.join()
+
+        assert isinstance(seen[0], CoordinatorStale)
+        failed = {event.node for event in events if isinstance(event, Retried)}
+        assert failed & {"c-a/1", "c-a/2"}
 
     def test_one_that_was_not_refreshed_is_stale(
         self, migrated: Coordinated, session: RoutingSession
