@@ -390,7 +390,7 @@ class Router:
             described.shape = self.planner.describe(described.statement, parameters=None).shape
         if self._learns_functions(described.shape, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
-        tries = 0
+        tries, asked = 0, set[str]()
         while tries < TRIES:
             tries += 1
             try:
@@ -411,6 +411,9 @@ class Router:
                     raise
             except (Question, OldMap, UnknownReaders) as question:
                 self._answer(question, situation, engines, limit)
+                if isinstance(question, Question) and question.shard not in asked:
+                    asked.add(question.shard)  # each of many shards may have one
+                    tries -= 1
             else:
                 if self._is_awake(found, engines) and (
                     not found.epoch or self._confirmed(found, situation, engines)
