@@ -525,6 +525,7 @@ class _CoordinatorTable(_Table):
     timeout: _SomeSeconds = 60.0
     fetch_size: Annotated[_Whole, Field(ge=1)] = 10_000
     use_remote_estimate: bool = True
+    replicas: Annotated[_Whole, Field(ge=0)] = 1
 
 
 class _KeyspaceTable(_Table):

@@ -1,9 +1,10 @@
 """Carry out a plan for the coordinator: one statement, checked in its own round trip.
 
 What the coordinator answers counts only if the check passes that goes out behind the statement: its
-definition is the shards' schema and shard map, and it has read from the primaries that this router
-knows, at or past what the session has seen. Every failure becomes an error that says the way out;
-the session's own transaction has no part in any of it.
+definition is the shards' schema and shard map, and it has read from the nodes of the plan: from the
+primaries that this router knows, at or past what the session has seen, or from replicas that were
+known to have that before. Every failure becomes an error that says the way out; the session's own
+transaction has no part in any of it. What replicas could not answer, primaries are asked.
 
 Settings of the session are set on the coordinator. That is enough: ``postgres_fdw`` sends shards
 only what no setting changes, and tables with row-level security are not there.
@@ -36,6 +37,7 @@ from sqlroute.errors import (
 )
 from sqlroute.events import Retried
 from sqlroute.identity import BY_KEY, tokens_by_key
+from sqlroute.results import at_once, in_batches
 from sqlroute.routing.plan import Plan
 from sqlroute.routing.token import format_lsn
 from sqlroute.runtime.lending import around, lent, without
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from sqlroute.execution import Call
+    from sqlroute.health import Health
+    from sqlroute.routing.plan import Target
     from sqlroute.routing.planner import Described
     from sqlroute.session import RoutingMixin
     from sqlroute.topology import Keyspace
@@ -61,20 +65,30 @@ GRACE = 2.0
 NOT_INSTALLED, STALE, OLD_ROUTER, BEHIND = "SR011", "SR012", "SR013", "SR014"
 """SQLSTATEs of ``sqlroute.coordinator_check``."""
 
+Floor = tuple[int | None, str | None, float | None]
+"""What the check expects of a shard: the timeline of its primary, a position, and the start of the
+server that is a replica."""
+
+_NAME = "name"
+"""The clause of an error of a name that is unknown there."""
+
 _REFRESH = "run `sqlroute coordinator refresh`"
 _UNKNOWN = frozenset({"3F000", "42P01", "42703", "42704", "42883"})
 _DENIED = frozenset({"42501", "2F003", "28000", "28P01"})
 _GONE = frozenset({"57P01", "57P02", "57P03", "25006"})
+_ROWS_ONLY = {"prebuffer_rows": False, "yield_per": None, "stream_results": False}
+_ON_REPLICAS_ONLY = frozenset({"0A000", "25006", "40001", "40P01", "55000", "57P04"})
 _LEFT_OUT = "SELECT key, value FROM sqlroute.coordinator, jsonb_each_text(left_out) ORDER BY 1"
 
 
 def coordinated(
-    call: Call, described: Described, found: Plan, plan_again: Callable[[], Plan]
+    call: Call, described: Described, found: Plan, plan_again: Callable[[frozenset[str]], Plan]
 ) -> Any:
     """Run a statement on a coordinator.
 
     Args:
-        plan_again: returns a new plan after the shards were looked at anew.
+        plan_again: returns a new plan after the shards were looked at anew, without databases that
+            could not answer from replicas.
 
     Raises:
         CrossShardRefused: the session's own writes would be missing, or it uses what is not there.
@@ -83,29 +97,33 @@ def coordinated(
     """
     session = call.session
     _check_unwritten(session, found)
-    if call.is_streaming:
-        raise CrossShardRefused(
-            "yield_per", "the coordinator's rows are fetched at once, up to max_rows; leave it out"
-        )
-    tries = 1
+    keyspace = described.shape.statement.keyspace
+    tries, failed = 1, frozenset[str]()
     while True:
+        node = found.coordinators[0]
         try:
             result = _on_any(call, described, found)
-        except CoordinatorUnavailable as error:
-            if tries == TRIES:
+        except (SQLRouteError, DBAPIError) as error:
+            if _is_of_replicas(error, found):
+                failed |= {node}
+                if isinstance(error, CoordinatorError):  # not this statement's own matter
+                    session._router.readers.set_aside(node, str(error))
+            elif not isinstance(error, CoordinatorUnavailable) or tries == TRIES:
                 raise
-            tries += 1
+            else:
+                tries += 1
             session._router.listeners.tell(
-                Retried("read", ", ".join(found.shards), error.node, str(error), tries)
+                Retried("read", ", ".join(found.shards), node, str(error), tries + len(failed))
             )
-            _look_anew(session, described, found)
-            found = plan_again()
+            _look_anew(session, keyspace, found)
+            found = plan_again(failed)
             if not found.coordinators:  # with the map as it is now, one shard has all of it
                 raise
         else:
+            session._router.readers.answered(node)
             for target in found.targets:  # none may read what is older from now on
                 session._affinity = session._affinity.reading(
-                    target.shard, target.node, target.life
+                    target.shard, target.node, target.life, proved=target.is_proved
                 )
             return result
 
@@ -127,6 +145,20 @@ def estimated(session: RoutingMixin, statement: Any, parameters: Any, found: Pla
             f"by {scans} statement{'s' * (scans != 1)} to shards",
         ),
     )
+
+
+def _is_of_replicas(error: Exception, found: Plan) -> bool:
+    """Say if primaries may answer what replicas have not.
+
+    They may be gone, hold what the statement needs no more (a conflict with recovery) or not yet (a
+    migration), or never have had it (an unlogged table).
+    """
+    if not found.replicas:
+        return False
+    if isinstance(error, CrossShardRefused):
+        return error.clause == _NAME
+    state = getattr(getattr(error, "orig", None), "sqlstate", None)
+    return isinstance(error, CoordinatorError) or state in _ON_REPLICAS_ONLY
 
 
 class _Explain(Executable, ClauseElement):
@@ -182,17 +214,24 @@ def _on(call: Call, described: Described, node: str, found: Plan) -> Any:
     session, keyspace = call.session, described.shape.statement.keyspace
     coordinator = keyspace.coordinator
     assert coordinator is not None
-    token = BY_KEY if described.shape.reads_entities else None
+    reads_entities = described.shape.reads_entities
     once = replace(
         call,
         statement=capped(call.statement, coordinator.max_rows),
-        local={**call.local, "prebuffer_rows": True},  # objects are made here, see identity
+        local={**call.local, **_ROWS_ONLY},
     )
     try:
-        with _lent(session, keyspace, node, found) as connection:
+        with (
+            _lent(session, keyspace, node, found) as connection,
+            _counted(session, found, connection),
+        ):
             try:
                 with tokens_by_key(session):
-                    return once.run(connection, token=token, scalar=call.scalar)
+                    result = once.run(
+                        connection,
+                        token=BY_KEY if reads_entities else None,
+                        stale=bool(found.replicas) and reads_entities,
+                    )
             except DBAPIError as error:
                 reason = _explained(error, node, coordinator.timeout) or _diagnosed(
                     error, connection, _check(session, keyspace, found), node
@@ -204,6 +243,11 @@ def _on(call: Call, described: Described, node: str, found: Plan) -> Any:
         if error.statement is not None:
             raise
         raise _unreachable(error, node) from error
+    _check_lives(session, found)
+    if call.is_streaming and not call.scalar:
+        return in_batches(result, session, call.batch)
+    made = at_once(result, session)
+    return made.scalar() if call.scalar else made
 
 
 def _lent(
@@ -223,21 +267,52 @@ def _lent(
     return lent(engines.engine(node), surrounding, limit)
 
 
+def _counted(
+    session: RoutingMixin, found: Plan, connection: Connection
+) -> AbstractContextManager[None]:
+    """Count a statement among the reads of the replicas that are read for it."""
+    driver = connection.connection.driver_connection
+    return session._routes.reading_through((each.node for each in found.replicas), driver)
+
+
+def _check_lives(session: RoutingMixin, found: Plan) -> None:
+    """Refuse what was read from a replica that has begun anew since it was chosen.
+
+    After a crash it begins from before what it had shown, which is what it was chosen by.
+
+    Raises:
+        CoordinatorUnavailable: names it.
+    """
+    health = session._router.health(session._routes)
+    for target in found.replicas:
+        known = health.nodes.get(target.node)
+        if known is None or known.life != target.life:
+            raise CoordinatorUnavailable(
+                f"{target.node}, which coordinator {found.coordinators[0]} has read, has begun "
+                "anew meanwhile; try again",
+                found.coordinators[0],
+            )
+
+
 def _check(session: RoutingMixin, keyspace: Keyspace, found: Plan) -> str:
     """Return the command that fails unless the coordinator has seen what it must."""
     health = session._router.health(session._routes)
-    floors: dict[str, tuple[int, str | None]] = {}
-    for shard in found.shards:
-        timeline, token = health.shard(shard).highest_timeline, session._affinity.of(shard).token
-        is_known = token is not None and token.timeline in (0, timeline)
-        floors[shard] = (
-            timeline,
-            format_lsn(token.lsn) if token is not None and is_known else None,
-        )
+    floors = {target.shard: _floor(session, health, target) for target in found.targets}
     return (
         f"SELECT sqlroute.coordinator_check({literal(keyspace.name)}, {found.epoch}, "
         f"{literal(json.dumps(floors))}::jsonb)"
     )
+
+
+def _floor(session: RoutingMixin, health: Health, target: Target) -> Floor:
+    """Return what must be true of the node that a shard was read from."""
+    if not target.is_primary:
+        known = health.of(target.node)
+        return None, format_lsn(known.lsn), known.started
+    timeline = health.shard(target.shard).highest_timeline
+    token = session._affinity.of(target.shard).token
+    is_known = token is not None and token.timeline in (0, timeline)
+    return timeline, format_lsn(token.lsn) if token is not None and is_known else None, None
 
 
 def capped(statement: Any, max_rows: int) -> Any:
@@ -251,11 +326,11 @@ def capped(statement: Any, max_rows: int) -> Any:
     return statement.limit(max_rows + 1)
 
 
-def _look_anew(session: RoutingMixin, described: Described, found: Plan) -> None:
+def _look_anew(session: RoutingMixin, keyspace: Keyspace, found: Plan) -> None:
     router, engines = session._router, session._routes
     for shard in found.shards:
         router.look(shard, engines)
-    router.renew_map(described.shape.statement.keyspace, engines)
+    router.renew_map(keyspace, engines)
 
 
 def _explained(error: DBAPIError, node: str, timeout: float = 0.0) -> SQLRouteError | None:
@@ -325,7 +400,7 @@ def _diagnosed(
     state, line = getattr(error.orig, "sqlstate", None), str(error.orig).partition("\n")[0]
     if state in _UNKNOWN:
         why = "".join(f"; left out: {table} ({reason})" for table, reason in left_out)
-        return CrossShardRefused("name", f"{line} on coordinator {node}{why}")
+        return CrossShardRefused(_NAME, f"{line} on coordinator {node}{why}")
     if state == "42803":
         return CrossShardRefused(
             "GROUP BY", f"{line}; the coordinator knows no primary keys, name each column"

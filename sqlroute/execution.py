@@ -167,6 +167,13 @@ class Call:
     def is_streaming(self) -> bool:
         return _is_streaming(self.options)
 
+    @property
+    def batch(self) -> int | None:
+        """How many rows a stream gives at a time, ``None`` where it was not said."""
+        loading = self.options.get("_sa_orm_load_options")
+        size: int | None = self.options.get("yield_per") or getattr(loading, "_yield_per", None)
+        return size
+
 
 def execute(call: Call) -> Any:
     """Plan a statement and run it.
@@ -553,9 +560,11 @@ def _on_primary(
     return _write(call, target, token, call.scalar)
 
 
-def _planned_again(call: Call, described: Described, options: Mapping[str, Any]) -> Plan:
+def _planned_again(
+    call: Call, described: Described, options: Mapping[str, Any], exclude: frozenset[str]
+) -> Plan:
     """Return the plan for the coordinator after the shards, or their map, were looked at anew."""
-    return plan(call.session, described, options)[0]
+    return plan(call.session, described, options, exclude)[0]
 
 
 def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:
@@ -565,7 +574,7 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
         again = partial(_planned_again, call, described, options)
         return coordinated(replace(call, scalar=False), described, found, again)
     if call.is_streaming:  # the shards share a batch: no more rows are held than by one server's
-        size = _batch(call.options)
+        size = call.batch
         option, whole = ("yield_per", size) if size else ("max_row_buffer", _buffer(call.options))
         share = max(1, whole // len(found.targets))
         call.local = {**call.local, option: share}
@@ -758,13 +767,6 @@ def _is_stale_load(described: Described, target: Target) -> bool:
 def _buffer(options: Mapping[str, Any]) -> int:
     """Return how many rows a stream of which nothing was said fetches at a time."""
     return int(options.get("max_row_buffer", MAX_ROW_BUFFER))
-
-
-def _batch(options: Mapping[str, Any]) -> int | None:
-    """Return how many rows a stream gives at a time, ``None`` where it was not said."""
-    loading = options.get("_sa_orm_load_options")
-    size: int | None = options.get("yield_per") or getattr(loading, "_yield_per", None)
-    return size
 
 
 def _is_streaming(options: Mapping[str, Any]) -> bool:

@@ -167,6 +167,8 @@ class Observation:
             flushed or not, in bytes.
         life: another number whenever the probe had to connect anew: the server may have crashed,
             and a standby then starts over from before what it has shown.
+        started: when the server was, by its own clock: no two servers have the same, to the
+            microsecond, nor one server after another start.
         replay_age: seconds since the time stamp of the last transaction a replica replayed.
         rtt: seconds of the probe's round trip, without connecting.
         epoch: of the shard map in the shard's catalog; None without a catalog.
@@ -199,6 +201,7 @@ class Observation:
     orders_by_code_point: bool = False
     accepts_writes: bool = False
     life: int = 0
+    started: float = 0.0
     monitors: int = 0
     promotion: int | None = None
     operation: str = ""
@@ -226,7 +229,7 @@ class NodeHealth:
         refused: not empty: must not be used whatever its state, and why.
         hung: its last failure was a deadline.
         epoch, epoch_at: of the shard map in its catalog, and when that was asked.
-        life: as in :class:`Observation`.
+        life, started: as in :class:`Observation`.
         seen_at: when the last probe that succeeded was sent; minus infinity before the first.
         failed_at: when the last failure was noted.
         usual_rtt: what is usual for this node, by which a far one differs from a slow one.
@@ -269,6 +272,7 @@ class NodeHealth:
     orders_by_code_point: bool = False
     accepts_writes: bool = False
     life: int = 0
+    started: float = 0.0
     seen_at: float = NEVER
     failed_at: float = NEVER
     usual_rtt: float = 0.0
@@ -598,6 +602,7 @@ def _after_success(
         orders_by_code_point=seen.orders_by_code_point,
         accepts_writes=seen.accepts_writes,
         life=seen.life,
+        started=seen.started,
         seen_at=seen.at,
         usual_rtt=usual + (longer * USUAL_ALPHA if longer > 0 else longer),
         latency=_latency(node, seen.statements, seen.statement_seconds),

@@ -1,18 +1,21 @@
-"""Make one SQLAlchemy ``Result`` of the results of several shards."""
+"""Make one SQLAlchemy ``Result`` of the results of several shards, or of a coordinator's."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import CursorResult, IteratorResult, Result
-from sqlalchemy.engine.result import SimpleResultMetaData
+from sqlalchemy.engine.result import ChunkedIteratorResult, SimpleResultMetaData
 
 from sqlroute.errors import TooManyRows
+from sqlroute.identity import tokens_by_key
 
 if TYPE_CHECKING:
     from sqlroute.routing.rewrite import Rewritten
+    from sqlroute.session import RoutingMixin
 
 
 def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
@@ -62,6 +65,42 @@ def streamed(
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
     answer._yield_per = size
     return answer
+
+
+def at_once(result: Result[Any], session: RoutingMixin) -> Result[Any]:
+    """Return a coordinator's result, whose rows are all here, with its objects made."""
+    if isinstance(result, ChunkedIteratorResult):
+        with tokens_by_key(session):
+            chunks = list(result.chunks(None))
+        result.chunks = lambda _: iter(chunks)
+        result.iterator = chain.from_iterable(chunks)
+    return result
+
+
+def in_batches(result: Result[Any], session: RoutingMixin, size: int | None) -> Result[Any]:
+    """Return a coordinator's result, whose rows are all here, as a stream gives it.
+
+    The objects of a batch are made when it is asked for.
+
+    Args:
+        size: rows of a batch; ``None`` for as many as are asked for at a time.
+    """
+    if isinstance(result, ChunkedIteratorResult):
+        make = result.chunks
+
+        def chunks(count: int | None) -> Iterator[Any]:
+            batches = make(count)
+            while True:
+                with tokens_by_key(session):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+
+        result.chunks = chunks
+        result.iterator = chain.from_iterable(chunks(None))
+        result.dynamic_yield_per = True
+    return result if size is None else result.yield_per(size)
 
 
 class _Cursors:

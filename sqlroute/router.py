@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.sql.schema import MetaData, Table
 
 from sqlroute.catalog.functions import FunctionReader
+from sqlroute.catalog.readers import Readers
 from sqlroute.catalog.tables import KEPT, READ_AGAIN, TableReader
 from sqlroute.errors import (
     ConfigError,
@@ -68,6 +69,7 @@ from sqlroute.routing.target import (
     Question,
     Situation,
     UnknownHistory,
+    UnknownReaders,
     Unproven,
     bind_target,
 )
@@ -107,6 +109,7 @@ class Router:
     Attributes:
         is_sharded: some keyspace has several shards.
         writes: the write transactions of its sessions: which are under way, which wait.
+        readers: the databases of coordinators that read replicas.
         refused_writes: how many statements a replica has refused as writes; they were run again on
             the primary. Each is a read by all that could be proved, and none in fact.
     """
@@ -117,6 +120,7 @@ class Router:
         self.planner = Planner(topology, known(self.policy))
         self._functions = FunctionReader(self.policy.connect_timeout)
         self._tables = TableReader(self.policy.connect_timeout)
+        self.readers = Readers(self.policy.connect_timeout)
         # what a program needs when it makes a router, not when it imports one
         from sqlroute.runtime.discovery import Discovery
         from sqlroute.runtime.monitor import Monitor
@@ -232,6 +236,7 @@ class Router:
                 self.planner = Planner(topology, known_so_far.functions, known_so_far.tables)
                 self.topology = topology
             self.monitor.set_topology(topology)
+            self.readers.forget()
             coordinators = topology.coordinators
             self._retired_async += self._engines[True].set_topology(topology)
             self._retired_async += self._coordinators[True].set_topology(coordinators)
@@ -380,7 +385,7 @@ class Router:
             described.shape = self.planner.describe(described.statement, parameters=None).shape
         if self._learns_functions(described.shape, engines):
             described.shape = self.planner.describe(described.statement, parameters=None).shape
-        tries = 0
+        tries, asked = 0, set[str]()
         while tries < TRIES:
             tries += 1
             try:
@@ -399,8 +404,11 @@ class Router:
             except ShardMapUnavailable:
                 if not self._refresh(described.shape.statement.keyspace, engines, newer_than=0):
                     raise
-            except (Question, OldMap) as question:
+            except (Question, OldMap, UnknownReaders) as question:
                 self._answer(question, situation, engines, limit)
+                if isinstance(question, Question) and question.shard not in asked:
+                    asked.add(question.shard)  # each of many shards may have one
+                    tries -= 1
             else:
                 if self._is_awake(found, engines) and (
                     not found.epoch or self._confirmed(found, situation, engines)
@@ -469,7 +477,9 @@ class Router:
         limit: Limit | None = None,
     ) -> None:
         """Find out what planning needs to know, and put it into the situation."""
-        if isinstance(question, OldMap):
+        if isinstance(question, UnknownReaders):
+            blocking(engines, self.readers.read, question.keyspace)
+        elif isinstance(question, OldMap):
             if not self._refresh(question.keyspace, engines, newer_than=question.epoch - 1):
                 raise ShardMapUnavailable(
                     f"the session has seen epoch {question.epoch} of the shard map of "
@@ -515,6 +525,7 @@ class Router:
             histories=self._histories,
             process=self._process,
             turns=self._turns,
+            readers=self.readers.of,
         )
 
     def health(self, engines: Engines | None = None) -> Health:

@@ -230,6 +230,7 @@ class Coordinator:
         use_remote_estimate: it asks the shards what each part of a statement would cost. That is
             some round trips per partition, and without it PostgreSQL never looks up rows by a key
             that another table gives: a statement of 0.1 s may take minutes.
+        replicas: how many further databases each node has that read a replica of each shard.
     """
 
     nodes: tuple[Node, ...]
@@ -237,6 +238,33 @@ class Coordinator:
     timeout: float = 60.0
     fetch_size: int = 10_000
     use_remote_estimate: bool = True
+    replicas: int = 1
+
+    def readers(self, node: Node) -> tuple[Node, ...]:
+        """Return the databases beside that of a node which read replicas."""
+        return tuple(
+            replace(node, name=f"{node.name}/{number}", database=f"{node.database}_{number}")
+            for number in range(1, self.replicas + 1)
+            if node.database
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A database of a coordinator that reads replicas.
+
+    Attributes:
+        node: its name among the nodes of coordinators.
+        replicas: the node that it reads of each shard; a shard that is missing here has none, and
+            its primary is read.
+        built_at: another one when it was built anew.
+        refused: not empty: it is left alone for now, and why.
+    """
+
+    node: str
+    replicas: Mapping[str, str]
+    built_at: str = ""
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -298,7 +326,7 @@ class Topology:
         """Return the coordinators, each as the one shard of a keyspace of its own."""
         return Topology(
             tuple(
-                Keyspace(k.name, (Shard(f"{k.name}-coordinator", k.coordinator.nodes),), 1)
+                Keyspace(k.name, (Shard(f"{k.name}-coordinator", _databases(k.coordinator)),), 1)
                 for k in self.keyspaces
                 if k.coordinator is not None
             )
@@ -436,6 +464,12 @@ def differences(old: Topology, new: Topology) -> Iterator[str]:
                 f"{path}.shards: {', '.join(before.shard_names)} cannot become "
                 f"{', '.join(now.shard_names)} while the router runs; make a new one"
             )
+
+
+def _databases(coordinator: Coordinator) -> tuple[Node, ...]:
+    return tuple(
+        database for node in coordinator.nodes for database in (node, *coordinator.readers(node))
+    )
 
 
 def _is_one_of(node: Node | Place, others: Iterable[Node | Place]) -> bool:

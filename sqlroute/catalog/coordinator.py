@@ -116,6 +116,10 @@ SELECT n.nspname, p.relname, ln.nspname, l.relname, pg_get_expr(l.relpartbound, 
   JOIN pg_namespace n ON n.oid = p.relnamespace
  WHERE {_OWN} ORDER BY 1, 2, 4
 """
+_IS_NEW = """
+SELECT EXISTS (SELECT FROM pg_attribute
+                WHERE attrelid = to_regclass('sqlroute.shard_state') AND attname = 'started')
+"""
 _STATE = "SELECT shard, keyspace, epoch, fingerprint FROM sqlroute.shard_state"
 _UNREADABLE = f"""
 SELECT format('%%I.%%I', n.nspname, c.relname)
@@ -131,8 +135,15 @@ _SUM = "SELECT count(*), coalesce(bit_xor(hashtextextended(t::text, 0)), 0) FROM
 _BUILT = """
 SELECT epoch, schemas, left_out, built_at,
        (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE n.nspname = ANY (schemas) AND c.relkind IN ('p', 'f') AND NOT c.relispartition)
-  FROM sqlroute.coordinator WHERE keyspace = %s
+         WHERE n.nspname = ANY (schemas) AND c.relkind IN ('p', 'f') AND NOT c.relispartition),
+       (SELECT jsonb_object_agg(s.shard, to_jsonb(s) ->> 'node') FROM sqlroute.coordinator_shard s
+         WHERE s.keyspace = own.keyspace AND to_jsonb(s) ->> 'node' IS NOT NULL)
+  FROM sqlroute.coordinator own WHERE own.keyspace = %s
+"""  # as JSON: the column is younger than the table
+_NUMBERED = """
+SELECT datname FROM pg_database WHERE starts_with(datname, current_database() || '_')
+   AND substr(datname, length(current_database()) + 2) ~ '^[0-9]+$' AND datallowconn
+ ORDER BY length(datname), datname
 """
 _BOUND = re.compile(r"FOR VALUES WITH \(modulus (\d+), remainder (\d+)\)")
 
@@ -285,6 +296,7 @@ class Built:
         left_out: why a table of the shards is not there, by ``schema.name``.
         at: when it was built, as text.
         tables: how many it has.
+        replicas: the node that it reads of each shard of which it does not read the primary.
     """
 
     epoch: int
@@ -292,6 +304,7 @@ class Built:
     left_out: Mapping[str, str]
     at: str
     tables: int
+    replicas: Mapping[str, str]
 
 
 def read_shard(connection: Any) -> ShardFacts:
@@ -303,7 +316,7 @@ def read_shard(connection: Any) -> ShardFacts:
     Raises:
         CatalogError: its catalog is missing or too old, or holds several keyspaces.
     """
-    if connection.exec_driver_sql("SELECT to_regclass('sqlroute.shard_state')").scalar() is None:
+    if not connection.exec_driver_sql(_IS_NEW).scalar():
         raise CatalogError(
             "the sqlroute schema of a shard is missing or too old for a coordinator; run "
             "`sqlroute catalog install`"
@@ -354,8 +367,14 @@ def read_built(connection: Any, keyspace: str) -> Built | None:
     found = connection.exec_driver_sql(_BUILT, (keyspace,)).one_or_none() if exists else None
     if found is None:
         return None
-    epoch, schemas, left_out, at, tables = found
-    return Built(epoch, tuple(schemas), left_out, at.isoformat(timespec="seconds"), tables)
+    epoch, schemas, left_out, at, tables, replicas = found
+    at = at.isoformat(timespec="seconds")
+    return Built(epoch, tuple(schemas), left_out, at, tables, replicas or {})
+
+
+def read_numbered(connection: Any) -> tuple[str, ...]:
+    """Return the databases whose names are this one's and a number."""
+    return tuple(connection.exec_driver_sql(_NUMBERED).scalars())
 
 
 def _schema(connection: Any) -> Schema:

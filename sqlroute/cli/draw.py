@@ -143,11 +143,13 @@ def config(document: Document) -> RenderableType:
 
 
 def coordinators(document: Document) -> RenderableType:
-    table = new_table("coordinator", "keyspace", "epoch", "tables", "built at")
+    table = new_table("coordinator", "keyspace", "reads", "epoch", "tables", "built at")
     lines: list[Any] = [table]
     for found in document["coordinators"]:
-        names = ("node", "keyspace", "epoch", "tables", "built_at")
-        table.add_row(*(_text(found[name] or None) for name in names))
+        reads = ", ".join(found["replicas"].values()) or ("primaries" if found["epoch"] else None)
+        names = ("epoch", "tables", "built_at")
+        facts = (_text(found[name] or None) for name in names)
+        table.add_row(found["node"], found["keyspace"], _text(reads), *facts)
         lines += [
             f"[yellow]left out:[/] {escaped(name)}: {escaped(why)}"
             for name, why in found["left_out"].items()

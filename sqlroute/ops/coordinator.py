@@ -1,15 +1,20 @@
 """Build, renew, check and remove coordinators: what the operator's commands do.
 
-A coordinator has a database of its own. It is built in one transaction from what all shards have
-told in one snapshot each, so that statements see the old definition or the new one, never a part.
+A coordinator has a database of its own, which reads the primaries, and further ones beside it that
+read replicas. Each is built in one transaction from what all shards have told in one snapshot each,
+so that statements see the old definition or the new one, never a part.
+
+Where a replica does not answer, or has not replayed a migration yet, its database is built and its
+report says so: until it is put right, primaries are read.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import create_engine
@@ -21,6 +26,7 @@ from sqlroute.catalog import install as schema
 from sqlroute.catalog.coordinator import Built, Host, ShardFacts
 from sqlroute.catalog.maps import connect
 from sqlroute.errors import OperationFailed, OperationRefused
+from sqlroute.health import Health, Role
 from sqlroute.operations import Operations, Operator
 from sqlroute.ops import foreign
 from sqlroute.ops.foreign import Definition, Origin, qualified
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
 LOOKS = 3
 """How often a reference table is compared: a write reaches the shards one after another."""
 
+SETTLING = 5.0
+"""Seconds that a replica has to replay what the shards told, before it is said not to have."""
+
 MAINTENANCE = "postgres"
 """The database from which another is made."""
 
@@ -42,10 +51,11 @@ _UNKNOWN_DATABASE = "3D000"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is known of one coordinator.
+    """What is known of one database of a coordinator.
 
     Attributes:
         node: its name.
+        replicas: the node that it reads of each shard of which it does not read the primary.
         epoch: of the shard map that it was built from, 0 where nothing is installed.
         built_at: when that was, as text.
         tables: how many it has.
@@ -60,6 +70,7 @@ class Report:
     tables: int = 0
     left_out: Mapping[str, str] | None = None
     faults: tuple[str, ...] = ()
+    replicas: Mapping[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         return {
@@ -67,6 +78,7 @@ class Report:
             "node": self.node,
             "epoch": self.epoch,
             "built_at": self.built_at,
+            "replicas": dict(self.replicas),
             "tables": self.tables,
             "left_out": dict(self.left_out or {}),
             "faults": list(self.faults),
@@ -86,6 +98,8 @@ def install(
 ) -> tuple[Report, ...]:
     """Build every coordinator of the configuration, anew where there is one.
 
+    A database that reads replicas may be reported with faults; one that reads primaries has none.
+
     Args:
         operations: how operators log in; by default as sessions do.
         analyze: have PostgreSQL look at the tables, without which its plans are guesses.
@@ -95,12 +109,16 @@ def install(
         OperationRefused: the shards cannot be seen as one, or a database is somebody else's.
         OperationFailed: a server refused a statement; nothing was changed there.
     """
+    operations = operations or Operations()
     reports = []
     for keyspace, coordinator in _coordinators(router):
         source = _Source.read(router, keyspace, say)
         for node in coordinator.nodes:
-            say(f"{node.name}: building")
-            reports.append(_build(router, source, node, operations or Operations(), analyze, say))
+            databases = _databases(router, keyspace, node)
+            for each, replicas in databases:
+                say(f"{each.name}: building")
+                reports.append(_build(router, source, each, replicas, operations, analyze, say))
+            _remove_readers(router, keyspace, node, operations, say, kept=len(databases) - 1)
     return tuple(reports)
 
 
@@ -133,8 +151,9 @@ def check(router: Router) -> tuple[Report, ...]:
     for keyspace, coordinator in _coordinators(router):
         hosts, faults = _hosts(router, keyspace)
         for node in coordinator.nodes:
-            report = _looked_at(router, keyspace, node, hosts)
-            reports.append(replace(report, faults=(*report.faults, *faults)))
+            for each, _ in _databases(router, keyspace, node):
+                report = _looked_at(router, keyspace, each, hosts)
+                reports.append(replace(report, faults=(*report.faults, *faults)))
     return tuple(reports)
 
 
@@ -158,9 +177,58 @@ def remove(
                 if built is None:
                     raise OperationRefused(f"nothing is installed on {node.name}")
                 _run(connection, node, foreign.removal(built.schemas))
-            say(f"{node.name}: removed; database {node.database} is empty now, and yours to drop")
+            say(_removed(node))
             reports.append(Report(keyspace.name, node.name))
+            for reader in _remove_readers(router, keyspace, node, operations, say):
+                reports.append(Report(keyspace.name, reader.name))
     return tuple(reports)
+
+
+def _removed(node: Node) -> str:
+    return f"{node.name}: removed; database {node.database} is empty now, and yours to drop"
+
+
+def _remove_readers(
+    router: Router,
+    keyspace: Keyspace,
+    node: Node,
+    operations: Operations,
+    say: Callable[[str], None],
+    *,
+    kept: int = 0,
+) -> list[Node]:
+    """Take away what was built in databases that read replicas, but for the first ones.
+
+    Also those that the configuration does not ask for any more. Returns them.
+    """
+    login = _login(node, operations.operator)
+    with _connected(login, router) as connection:
+        names = catalog.read_numbered(connection)
+    removed = []
+    for name in names:
+        number = int(name.rpartition("_")[2])
+        reader = replace(node, name=f"{node.name}/{number}", database=name)
+        if number <= kept:
+            continue
+        with _connected(replace(login, database=name), router) as connection:
+            built = catalog.read_built(connection, keyspace.name)
+            if built is None or not built.replicas:
+                continue  # somebody else's
+            _run(connection, reader, foreign.removal(built.schemas))
+        say(_removed(reader))
+        removed.append(reader)
+    return removed
+
+
+def _databases(
+    router: Router, keyspace: Keyspace, node: Node
+) -> list[tuple[Node, Mapping[str, str]]]:
+    """Return the databases of a coordinator's node, each with the replicas that it is to read."""
+    coordinator = keyspace.coordinator
+    assert coordinator is not None
+    readers = coordinator.readers(node)
+    replicas = foreign.replicas_read(keyspace.shards, router.health(), len(readers))
+    return [(node, {}), *zip(readers, replicas, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +274,7 @@ def _build(
     router: Router,
     source: _Source,
     node: Node,
+    replicas: Mapping[str, str],
     operations: Operations,
     analyze: bool,
     say: Callable[[str], None],
@@ -222,6 +291,12 @@ def _build(
                 f"database {node.database} of {node.name} has tables of its own; give the "
                 "coordinator a database that nothing else uses, it is made if it is not there"
             )
+        if built is not None and bool(built.replicas) != bool(replicas):
+            raise OperationRefused(
+                f"database {node.database} of {node.name} is a coordinator's that reads "
+                f"{'replicas' if built.replicas else 'primaries'}; remove that first, or give this "
+                "one another database"
+            )
         own = catalog.read_host(connection)
         alike = replace(own, settings=host.settings)  # those it can be given
         shard = source.shards[0].shard
@@ -234,7 +309,7 @@ def _build(
         definition = foreign.define(
             source.shards,
             source.shard_map,
-            {shard.name: _origin(shard, operations) for shard in keyspace.shards},
+            {s.name: _origin(s, operations, replicas.get(s.name)) for s in keyspace.shards},
             coordinator=keyspace.coordinator,
             connect_timeout=router.policy.connect_timeout,
             role=node.user,
@@ -250,19 +325,40 @@ def _build(
                 *(statement.reveal() for statement in definition.statements),
             ),
         )
-    if analyze:
-        _analyze(router, login, definition, say)
+    _settle(router, replicas)
     report = _looked_at(router, keyspace, node, {shard: host})
-    if report.faults:
+    if report.faults and not replicas:
         raise OperationFailed(
             f"{node.name} was built, but would not answer: {'; '.join(report.faults)}",
             step="check",
         )
+    if analyze and not report.faults:
+        _analyze(router, login, definition, say)
     return report
 
 
+def _settle(router: Router, replicas: Mapping[str, str]) -> None:
+    """Wait until replicas have replayed what the shards told, though not for what is down."""
+    ends = time.monotonic() + SETTLING
+    for shard, node in replicas.items():
+        primary = router.monitor.ask(shard, router.policy.probe_deadline).primary(shard)
+        while primary is not None and time.monotonic() < ends:
+            known = router.monitor.ask(shard, router.policy.probe_deadline).of(node)
+            if not known.is_readable or known.lsn >= primary.lsn:
+                break
+            time.sleep(0.05)
+
+
 def _report(keyspace: Keyspace, node: Node, built: Built) -> Report:
-    return Report(keyspace.name, node.name, built.epoch, built.at, built.tables, built.left_out)
+    return Report(
+        keyspace.name,
+        node.name,
+        built.epoch,
+        built.at,
+        built.tables,
+        built.left_out,
+        replicas=built.replicas,
+    )
 
 
 def _analyze(
@@ -275,22 +371,23 @@ def _analyze(
 
 
 def _looked_at(router: Router, keyspace: Keyspace, node: Node, hosts: Mapping[str, Host]) -> Report:
-    """Report on one coordinator, by the role that sessions have there."""
-    health = router.health()
-    floors = json.dumps(
-        {name: [health.shard(name).highest_timeline, None] for name in keyspace.shard_names}
-    )
+    """Report on one database, by the role that sessions have there."""
+    health, report = router.health(), Report(keyspace.name, node.name)
     try:
         with _connected(node, router) as connection:
             built = catalog.read_built(connection, keyspace.name)
             if built is None:
                 fault = f"nothing is installed on {node.name}; run `sqlroute coordinator install`"
-                return Report(keyspace.name, node.name, faults=(fault,))
+                return replace(report, faults=(fault,))
             faults = []
             own = catalog.read_host(connection)
             for shard, host in hosts.items():
                 faults += foreign.host_differences(own, host, node.name, shard)
+            faults += _unreadable(built.replicas, health)
             report = replace(_report(keyspace, node, built), faults=tuple(faults))
+            if faults and built.replicas:  # who would hang may be among them
+                return report
+            floors = json.dumps(_floors(keyspace, built.replicas, health))
             epoch = router.shard_map(keyspace.name).epoch
             connection.exec_driver_sql(
                 "SELECT sqlroute.coordinator_check(%s, %s, %s::jsonb)",
@@ -298,10 +395,40 @@ def _looked_at(router: Router, keyspace: Keyspace, node: Node, hosts: Mapping[st
             )
     except DBAPIError as error:
         fault = f"{_line(error)}; see `sqlroute status`, then run `sqlroute coordinator refresh`"
-        return Report(keyspace.name, node.name, faults=(f"{node.name}: {fault}",))
+        return replace(report, faults=(f"{node.name}: {fault}",))
     except OperationFailed as error:
-        return Report(keyspace.name, node.name, faults=(str(error),))
+        return replace(report, faults=(str(error),))
     return report
+
+
+def _unreadable(replicas: Mapping[str, str], health: Health) -> Iterator[str]:
+    """Yield why a database that reads replicas would not be asked: primaries are, meanwhile."""
+    for shard, name in replicas.items():
+        known = health.nodes.get(name)
+        if known is None or known.shard != shard:
+            why = f"is no node of shard {shard} any more"
+        elif known.role is not Role.REPLICA:
+            why = f"is {known.state.value}, and no replica ({known.role.value})"
+        elif not known.is_readable:
+            why = f"is {known.state.value}: {known.refused or known.last_error}"
+        else:
+            continue
+        yield (
+            f"{name} {why}; primaries are read instead: bring it back, or have other replicas "
+            "read by `sqlroute coordinator refresh`"
+        )
+
+
+def _floors(
+    keyspace: Keyspace, replicas: Mapping[str, str], health: Health
+) -> dict[str, tuple[int | None, None, float | None]]:
+    """Return what the check expects: see :data:`sqlroute.coordination.Floor`."""
+    return {
+        name: (None, None, health.of(replicas[name]).started)
+        if name in replicas
+        else (health.shard(name).highest_timeline, None, None)
+        for name in keyspace.shard_names
+    }
 
 
 def _hosts(router: Router, keyspace: Keyspace) -> tuple[dict[str, Host], tuple[str, ...]]:
@@ -346,9 +473,10 @@ def _login(node: Node, operator: Operator) -> Node:
     return replace(node, user=operator.user, password=operator.password, options=options)
 
 
-def _origin(shard: Shard, operations: Operations) -> Origin:
-    addresses = tuple(operations.advertised(node, shard.name) for node in shard.nodes)
-    return Origin(shard.name, addresses, shard.nodes[0])
+def _origin(shard: Shard, operations: Operations, replica: str | None) -> Origin:
+    nodes = [node for node in shard.nodes if replica in (None, node.name)]
+    addresses = tuple(operations.advertised(node, shard.name) for node in nodes)
+    return Origin(shard.name, addresses, nodes[0], is_replica=replica is not None)
 
 
 def _make_database(router: Router, login: Node, like: Host, say: Callable[[str], None]) -> None:

@@ -4,7 +4,11 @@ Pure: from what the shards have told to statements. A sharded table is partition
 shards, each leaf a foreign table on the shard that owns its bucket, so that any shard map will do;
 a reference table is a foreign table on the first shard. Each shard is two foreign servers: the
 second has a connection, and so a snapshot, of its own, by which a check sees the schema as it is at
-that moment (``sqlroute.coordinator_check``, migration 0004).
+that moment (``sqlroute.coordinator_check``, migrations 0004 and 0005).
+
+A coordinator's own database reads the primaries, found by libpq among all nodes of a shard. Each of
+its further databases reads one certain replica of each shard (:func:`replicas_read`), since a
+router must know before a statement who will be read.
 
 What PostgreSQL would answer differently there is left out with the reason: a statement that uses it
 is refused, never wrong.
@@ -29,7 +33,8 @@ from sqlroute.catalog.coordinator import (
     TypeFacts,
 )
 from sqlroute.errors import OperationRefused
-from sqlroute.topology import Coordinator, Node, Secret, ShardMap
+from sqlroute.health import Health
+from sqlroute.topology import Coordinator, Node, Secret, Shard, ShardMap
 
 MAX_NAME = 63
 """Bytes of an identifier that PostgreSQL keeps."""
@@ -45,13 +50,15 @@ class Origin:
     """How the coordinator reaches a shard.
 
     Attributes:
-        addresses: host and port of each of its nodes, as the coordinator sees them.
+        addresses: host and port of each node that may be read, as the coordinator sees them.
         node: the first of them, whose login and connection parameters are used.
+        is_replica: the one node is read as a replica; else that one of them is the primary.
     """
 
     shard: str
     addresses: tuple[tuple[str, int], ...]
     node: Node
+    is_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +149,33 @@ def define(
     statements += _states(shards)
     if role:
         statements += _grants(schema, role)
-    statements += _notes(shards, shard_map, schema, left_out)
+    statements += _notes(shards, shard_map, schema, left_out, origins)
     return Definition(tuple(map(Secret, statements)), left_out, tuple(map(qualified, kept)))
+
+
+def replicas_read(
+    shards: Iterable[Shard], health: Health, most: int
+) -> tuple[Mapping[str, str], ...]:
+    """Return the replica of each shard that each of the further databases reads.
+
+    The first one reads the first replicas, and so on; a shard that has fewer begins again. Those
+    that answer come first. A shard without replicas is missing: its primary is read.
+
+    Args:
+        most: databases; as many as the shard with the most replicas has are enough.
+    """
+    replicas = {}
+    for shard in shards:
+        primary = health.shard(shard.name).primary
+        names = [node.name for node in shard.nodes if node.weight > 0 and node.name != primary]
+        names.sort(key=lambda name: not health.of(name).is_readable)
+        if names:
+            replicas[shard.name] = names
+    count = min(most, max(map(len, replicas.values()), default=0))
+    return tuple(
+        {shard: names[number % len(names)] for shard, names in replicas.items()}
+        for number in range(count)
+    )
 
 
 def reference_tables(shards: Sequence[ShardFacts]) -> tuple[TableFacts, ...]:
@@ -164,7 +196,16 @@ def removal(schemas: Iterable[str]) -> tuple[str, ...]:
 
 
 def database(name: str, like: Host) -> str:
-    """Return the statement that makes a database which orders text as another one."""
+    """Return the statement that makes a database which orders text as another one.
+
+    Raises:
+        OperationRefused: PostgreSQL would cut its name, which may be that of another one then.
+    """
+    if len(name.encode()) > MAX_NAME:
+        raise OperationRefused(
+            f"{name} is no name of a database: it has more than {MAX_NAME} bytes; give the "
+            "coordinator's a shorter one"
+        )
     provider = _PROVIDERS[like.provider]
     options = [
         f"ENCODING {literal(like.encoding)}",
@@ -256,23 +297,27 @@ def _servers(
 
 
 def _place(origin: Origin) -> dict[str, str]:
-    """Return where a shard is: all its nodes, of which libpq takes the primary.
+    """Return where a shard is: all its nodes, of which libpq takes the primary; or a replica.
 
     Raises:
         OperationRefused: a node is known by a libpq service only.
     """
-    node = origin.node
+    node, options = origin.node, dict(origin.node.options)
     if not all(host for host, _ in origin.addresses):
         raise OperationRefused(
             f"a node of shard {origin.shard} has no host that a coordinator could be told; write "
             "its host and port into the configuration, or `advertise` into its [drivers] table"
         )
+    address = {}
+    if origin.is_replica and origin.addresses[0] == (node.host, node.port):
+        address["hostaddr"] = options.get("hostaddr", "")  # one server of those with that name
     return {
-        **{name: value for name, value in node.options if name not in _OF_NODES},
+        **{name: value for name, value in options.items() if name not in _OF_NODES},
+        **address,
         "host": ",".join(host for host, _ in origin.addresses),
         "port": ",".join(str(port) for _, port in origin.addresses),
         "dbname": node.database,
-        "target_session_attrs": "primary",
+        "target_session_attrs": "standby" if origin.is_replica else "primary",
     }
 
 
@@ -370,7 +415,10 @@ def _column(column: Column) -> str:
 
 def _states(shards: Sequence[ShardFacts]) -> Iterator[str]:
     """Yield what ``sqlroute.coordinator_check`` reads: each shard by both of its servers."""
-    columns = "shard text, epoch bigint, fingerprint text, timeline int, lsn pg_lsn"
+    columns = (
+        "shard text, epoch bigint, fingerprint text, timeline int, lsn pg_lsn, "
+        "is_replica boolean, started float8"
+    )
     options = _options({"schema_name": "sqlroute", "table_name": "shard_state"})
     arms = []
     for number, shard in enumerate(shards):
@@ -383,7 +431,8 @@ def _states(shards: Sequence[ShardFacts]) -> Iterator[str]:
             is_schema = "true" if fingerprint == "fingerprint" else "false"
             arms.append(
                 f"SELECT {name}::text AS asked, {is_schema} AS is_schema, shard AS answered, "
-                f"epoch, {fingerprint} AS fingerprint, timeline, lsn FROM {table}"
+                f"epoch, {fingerprint} AS fingerprint, timeline, lsn, is_replica, started "
+                f"FROM {table}"
             )
     # by the user mapping of whoever asks, not of the owner
     options = "WITH (security_invoker = true)"
@@ -401,6 +450,7 @@ def _notes(
     shard_map: ShardMap,
     schema: Schema,
     left_out: Mapping[str, str],
+    origins: Mapping[str, Origin],
 ) -> Iterator[str]:
     keyspace = literal(shard_map.keyspace)
     names = ", ".join(map(literal, schema.schemas))
@@ -410,7 +460,9 @@ def _notes(
         f"{literal(json.dumps(dict(left_out)))}::jsonb)"
     )
     for shard in shards:
+        origin = origins[shard.shard]
+        node = literal(origin.node.name) if origin.is_replica else "NULL"
         yield (
-            "INSERT INTO sqlroute.coordinator_shard (keyspace, shard, fingerprint) VALUES "
-            f"({keyspace}, {literal(shard.shard)}, {literal(shard.fingerprint)})"
+            "INSERT INTO sqlroute.coordinator_shard (keyspace, shard, fingerprint, node) VALUES "
+            f"({keyspace}, {literal(shard.shard)}, {literal(shard.fingerprint)}, {node})"
         )

@@ -108,6 +108,11 @@ class Plan(NamedTuple):
     def shards(self) -> tuple[str, ...]:
         return tuple(target.shard for target in self.targets)
 
+    @property
+    def replicas(self) -> tuple[Target, ...]:
+        """The nodes that are none of their shards' primaries."""
+        return tuple(target for target in self.targets if not target.is_primary)
+
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, the document of ``sqlroute explain --json``."""
         return {

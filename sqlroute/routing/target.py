@@ -41,7 +41,7 @@ from sqlroute.routing.plan import Target
 from sqlroute.routing.policy import AUTOMATIC, Consistency, Demand, Intent, Policy
 from sqlroute.routing.statement import Kind, Statement
 from sqlroute.routing.token import Position, format_lsn
-from sqlroute.topology import ShardMap, Topology
+from sqlroute.topology import Keyspace, Reader, ShardMap, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class Situation:
             replicas; says if it may take this one. Without it there is no limit.
         silent: shards that were asked to confirm the shard map and did not, with what to say.
         may_repeat: nodes of ``exclude`` may be tried once more when nothing else is left.
+        readers: returns the coordinator's databases that read replicas, ``None`` where they must be
+            asked for first. Without it there are none.
     """
 
     topology: Topology
@@ -91,6 +93,7 @@ class Situation:
     turns: Mapping[str, Iterator[int]] | None = None
     admit: Callable[[str, float], bool] | None = None
     may_repeat: bool = False
+    readers: Callable[[Keyspace], tuple[Reader, ...] | None] | None = None
     silent: Mapping[str, ShardMapUnavailable] = field(default_factory=dict)
 
     def renew(self, health: Health, maps: Mapping[str, ShardMap]) -> None:
@@ -120,6 +123,14 @@ class Unproven(Question):
 
 class UnknownHistory(Question):
     """A token is of an earlier timeline, and where that one ended is not known yet."""
+
+
+class UnknownReaders(Exception):  # no error: it asks the runtime for a fact
+    """Nobody has asked yet which replicas a coordinator's databases read."""
+
+    def __init__(self, keyspace: Keyspace) -> None:
+        super().__init__(keyspace.name)
+        self.keyspace = keyspace
 
 
 def kind_of(statement: Statement, situation: Situation) -> Kind:
@@ -225,9 +236,7 @@ def _for_read(
     if demand.role is Role.PRIMARY:
         why = "the caller asked for the primary"
         return Target(shard, _primary(shard, situation), True, within, why)
-    consistency = demand.consistency
-    if demand.intent is Intent.LAG_TOLERANT:
-        consistency = Consistency.EVENTUAL
+    consistency = consistency_of(demand)
     if consistency is Consistency.STRONG:
         return Target(shard, _primary(shard, situation), True, within, "consistency is strong")
     policy, health, topology = situation.policy, situation.health, situation.topology
@@ -365,17 +374,84 @@ def _check_token(token: Position, situation: Situation) -> None:
         )
 
 
-def read_beside(shard: str, situation: Situation, reason: str) -> Target:
+def read_beside(
+    shard: str, situation: Situation, reason: str, *, is_fallback: bool = False
+) -> Target:
     """Return the primary of a shard for a read that the session's transaction has no part in.
 
     Raises: as :func:`target_of`.
     """
+    _check_ties(shard, situation)
+    node = _primary(shard, situation)
+    life = situation.health.of(node).life
+    return Target(shard, node, True, False, reason, True, life, is_fallback)
+
+
+def replica_beside(shard: str, node: str, situation: Situation, reason: str) -> Target:
+    """Return a certain replica of a shard for such a read, if it may take that as any other.
+
+    Raises: as :func:`target_of`, and
+        NoEligibleNode: it may not; says why.
+        Unproven: no replica is known to have what the session has seen.
+    """
+    _check_ties(shard, situation)
+    affinity, policy = situation.affinity, situation.policy
+    tie, consistency = affinity.of(shard), consistency_of(situation.demand)
+    if tie.pinned is not None and tie.pinned != node:
+        raise NoEligibleNode(f"{node} is not {tie.pinned}, which serves the transaction", shard)
+    required = Required(tie.token, tie.nodes, situation.floors.get(shard))
+    found = candidates(
+        shard,
+        situation.health,
+        situation.topology,
+        policy,
+        consistency,
+        required,
+        situation.exclude,
+    )
+    for known in found.fresh:
+        if known.node == node:
+            sessional = consistency is Consistency.SESSION
+            return Target(shard, node, False, False, reason, sessional, known.life)
+    if any(known.node == node for known in found.unproven):
+        time = patience(found.unproven, policy)
+        if situation.may_wait and not found.fresh and time > 0:
+            raise Unproven(shard, time)
+        raise NoEligibleNode(f"{node} is not known to have what the session has seen", shard)
+    why = dict(found.refused).get(node, "is no replica now; `sqlroute coordinator refresh`")
+    raise NoEligibleNode(f"{node} {why}", shard)
+
+
+def why_primary(shard: str, situation: Situation) -> str:
+    """Return why a read must be of the primary, whatever the replicas are; nothing if it need not.
+
+    What the transaction has met there is part of what the session has seen, and no position tells.
+    """
+    affinity, demand = situation.affinity, situation.demand
+    if not affinity.read_only:
+        if affinity.explicit:
+            return "an explicit transaction"
+        if affinity.of(shard).pinned is not None:
+            return "the transaction is open on the primary"
+        if demand.intent is Intent.WRITING:
+            return "the session will write"
+    if demand.role is Role.PRIMARY:
+        return "the caller asked for the primary"
+    return "consistency is strong" if consistency_of(demand) is Consistency.STRONG else ""
+
+
+def consistency_of(demand: Demand) -> Consistency:
+    """Return what a read may miss, by all that was asked for."""
+    if demand.intent is Intent.LAG_TOLERANT:
+        return Consistency.EVENTUAL
+    return demand.consistency
+
+
+def _check_ties(shard: str, situation: Situation) -> None:
     token = situation.affinity.of(shard).token
     if token is not None:
         _check_token(token, situation)
     _check_setting(shard, situation.affinity)
-    node = _primary(shard, situation)
-    return Target(shard, node, True, False, reason, True, situation.health.of(node).life)
 
 
 def _check_setting(shard: str, affinity: Affinity) -> None:

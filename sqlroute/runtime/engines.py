@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,27 @@ class Engines:
         psycopg's client-side cursor has all rows by then, so the result outlives the block.
         """
         return Reading(self, node, settings, limit)
+
+    @contextmanager
+    def reading_through(self, nodes: Iterable[str], driver: Any) -> Iterator[None]:
+        """Count a statement among the reads of nodes that another server reads for it.
+
+        So it is a load to choose by, and is cut with the others where one of the nodes hangs.
+
+        Args:
+            driver: the connection to that server.
+        """
+        counted = []
+        for name in nodes:
+            self.engine(name)  # there is nothing to count by without one; opens no connection
+            counted.append(self.loads[name])
+        for load in counted:
+            load.add(driver)
+        try:
+            yield
+        finally:
+            for load in counted:
+                load.discard(driver)
 
     def observe(self, observer: Observer) -> None:
         """Tell somebody of each statement that a server has answered, from now on."""

@@ -298,6 +298,7 @@ class Probe:
             orders_by_code_point=facts.orders_by_code_point,
             accepts_writes=not row.standby and row.writable,
             life=self._life,
+            started=row.started,
             monitors=row.monitors or 0,
             promotion=row.promotion,
             operation=row.operation or "",

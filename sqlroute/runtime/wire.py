@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from psycopg import Cursor, Error, Pipeline
+from psycopg import Cursor, Error, OperationalError, Pipeline
 from psycopg.errors import error_from_result
 from psycopg.generators import execute, fetch_many, send
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
@@ -81,8 +81,12 @@ class Opening(Pipeline):
         pgconn.pipeline_sync()
         yield from send(pgconn)
         for queued in queue:
+            results = yield from fetch_many(pgconn)
+            if not results:  # the connection was lost with an earlier command
+                failed = failed or OperationalError("the connection is lost")
+                break
             try:
-                self._process_results(queued, (yield from fetch_many(pgconn)))
+                self._process_results(queued, results)
             except Error as error:
                 failed = failed or error
         if pgconn.status != ConnStatus.BAD:

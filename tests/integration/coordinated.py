@@ -106,7 +106,12 @@ class Coordinated:
 
 
 def coordinated(
-    servers: LocalTopology, host: LocalNode, database: str, metadata: sa.MetaData
+    servers: LocalTopology,
+    host: LocalNode,
+    database: str,
+    metadata: sa.MetaData,
+    *,
+    replicas: int = 0,
 ) -> Iterator[Coordinated]:
     """Make the tables everywhere and the coordinator; yield; close what holds connections."""
     own = load(servers.config_path).topology.default
@@ -119,7 +124,7 @@ def coordinated(
         there["user"],
         Secret(there["password"]),
     )
-    keyspace = Keyspace(own.name, own.shards, BUCKETS, Coordinator((node,)))
+    keyspace = Keyspace(own.name, own.shards, BUCKETS, Coordinator((node,), replicas=replicas))
     judge_database = f"{database}_judge"
     ask(host, f"DROP DATABASE IF EXISTS {judge_database}")
     ask(host, f"CREATE DATABASE {judge_database}")

@@ -362,6 +362,100 @@ class TestEntities:
         assert session.scalar(select(func.count(sa.distinct(Order.id)))) == 200
 
 
+def made(session: Any) -> int:
+    """Count the customers that the session holds."""
+    return sum(isinstance(each, Customer) for each in session.identity_map.values())
+
+
+class TestStreams:
+    """All rows are fetched at once; their objects are made batch by batch."""
+
+    above = select(Customer).where(Customer.score > _mean - 100).order_by(Customer.id)
+
+    def test_objects_are_made_when_their_batch_is_asked_for(
+        self, shop: Coordinated, session: RoutingSession
+    ) -> None:
+        with orm.Session(shop.judge) as plain:
+            expected = [each.id for each in plain.scalars(self.above)]
+        found = session.scalars(self.above.execution_options(yield_per=7))
+        partitions = found.partitions()
+
+        first = next(partitions)
+        assert (len(first), made(session)) == (7, 7)
+        assert {sa_inspect(each).identity_token for each in first} == {"s0", "s1"}
+        second = next(partitions)
+        assert (len(second), made(session)) == (7, 14)
+        rest = [each for batch in partitions for each in batch]
+        assert [each.id for each in (*first, *second, *rest)] == expected
+        assert all(sa_inspect(each).identity_token == shop.shard_of(each.id) for each in rest)
+
+    @pytest.mark.parametrize("size", [3, 1_000])
+    def test_rows_come_in_partitions(
+        self, shop: Coordinated, session: RoutingSession, size: int
+    ) -> None:
+        statement = STATEMENTS["self join"]
+        with shop.judge.connect() as plain:
+            expected = plain.execute(statement).all()
+        options = {"yield_per": size}
+        batches = list(session.execute(statement, execution_options=options).partitions())
+
+        assert [row for batch in batches for row in batch] == expected
+        assert {len(batch) for batch in batches[:-1]} <= {size}
+
+    def test_a_caller_may_say_the_size_later(self, session: RoutingSession) -> None:
+        found = session.scalars(self.above, execution_options={"stream_results": True})
+
+        assert len(found.fetchmany(5)) == made(session) == 5
+        assert len(found.all()) > 5
+        query = session.query(Customer).where(Customer.score > _mean - 100).yield_per(4)
+        assert len(list(query)) == made(session)
+
+    def test_related_objects_come_with_their_batch(
+        self, shop: Coordinated, session: RoutingSession
+    ) -> None:
+        statement = self.above.options(orm.selectinload(Customer.orders))
+        found = session.scalars(statement.execution_options(yield_per=6))
+        batch = next(found.partitions())
+
+        assert len(batch) == 6
+        for each in batch:
+            with shop.judge.connect() as plain:
+                ids = select(Order.id).where(Order.customer_id == each.id)
+                expected = set(plain.scalars(ids))
+            assert {order.id for order in each.__dict__["orders"]} == expected
+
+    def test_more_rows_than_the_cap_are_refused(self, shop: Coordinated) -> None:
+        """Before the first batch: a stream is not a way round it."""
+        with (
+            shop.routed(max_rows=20) as router,
+            router.sessionmaker()() as session,
+            pytest.raises(TooManyRows),
+        ):
+            session.scalars(self.above.execution_options(yield_per=5))
+
+    def test_under_asyncio(self, shop: Coordinated) -> None:
+        async def ran() -> tuple[list[int], list[int]]:
+            async with shop.router.async_sessionmaker()() as session:
+                found = await session.stream_scalars(self.above, execution_options={"yield_per": 8})
+                sizes, seen = [], []
+                async for batch in found.partitions():
+                    sizes.append(made(session))
+                    seen += [each.id for each in batch]
+                return sizes, seen
+
+        async def whole() -> tuple[list[int], list[int]]:
+            try:
+                return await ran()
+            finally:
+                await shop.router.coordinators(is_async=True).aclose()
+                await shop.router.engines(is_async=True).aclose()
+
+        sizes, seen = asyncio.run(whole())
+        with orm.Session(shop.judge) as plain:
+            assert seen == [each.id for each in plain.scalars(self.above)]
+        assert sizes[0] == 8
+
+
 class TestOwnWrites:
     def test_what_was_committed_is_read(self, shop: Coordinated) -> None:
         for i in range(20):
@@ -713,7 +807,7 @@ class TestLeftOut:
         changed.refresh()
 
         with pytest.raises(CrossShardRefused, match="of regclass"):
-            session.execute(text("SELECT count(DISTINCT id) FROM note"))
+            session.execute(counted_with("note"))
 
 
 class TestRefusals:
@@ -799,10 +893,6 @@ class TestRefusals:
         rows = None if options else [{"a": 1}, {"a": 2}]
         with pytest.raises((CrossShardRefused, sa.exc.InvalidRequestError)):
             session.execute(statement, rows, execution_options=options).all()
-
-    def test_streaming_is_refused(self, session: RoutingSession) -> None:
-        with pytest.raises(CrossShardRefused, match="yield_per"):
-            session.execute(STATEMENTS["self join"].execution_options(yield_per=10))
 
 
 class TestFaults:
@@ -980,10 +1070,19 @@ class TestCommands:
         self, shop: Coordinated, run: Callable[..., tuple[int, str, str]]
     ) -> None:
         """As JSON for programs, as a table for people; exit code 3 where nothing is installed."""
+        code, out, err = run("check")
+        assert code == 3
+        assert "c-a/1" in out + err
+        assert run("install", "--no-analyze")[0] == 0
         code, out, _ = run("check", "--json")
         assert code == 0
-        (found,) = json.loads(out)["coordinators"]
-        assert (found["node"], found["tables"], found["faults"]) == ("c-a", 7, [])
+        found = json.loads(out)["coordinators"]
+        assert [(each["node"], each["tables"], each["faults"]) for each in found] == [
+            ("c-a", 7, []),
+            ("c-a/1", 7, []),
+        ]
+        assert found[1]["replicas"] == {"s0": "s0-b", "s1": "s1-b"}
+        assert "s0-b, s1-b" in "".join(run("check")[1:])
 
         code, out, err = run("remove", "--json")
         assert (code, "say --yes" in err) == (5, True)

@@ -856,12 +856,14 @@ def test_a_coordinator_is_read() -> None:
         nodes=["postgresql://app@c:5433/all", "postgresql://app@d/all?name=c-b"],
         max_rows=10,
         timeout="2min",
+        replicas=2,
     )
 
     keyspace = load(source, environ={}).topology.default
     assert keyspace.coordinator is not None
     assert [node.name for node in keyspace.coordinator.nodes] == ["shop-coordinator-c:5433", "c-b"]
     assert (keyspace.coordinator.max_rows, keyspace.coordinator.timeout) == (10, 120.0)
+    assert keyspace.coordinator.replicas == 2
     assert [node.name for node in load(source, environ={}).topology.nodes()] == ["s0-db:5432"]
 
 
@@ -872,6 +874,7 @@ def test_a_coordinator_is_read() -> None:
         ({"nodes": []}, "keyspaces.shop.coordinator.nodes: is empty"),
         ({"nodes": ["x"]}, "keyspaces.shop.coordinator.nodes[0]: is no URL"),
         ({"nodes": ["postgresql://c/x"], "max_rows": 0}, "max_rows: 0 must be at least 1"),
+        ({"nodes": ["postgresql://c/x"], "replicas": -1}, "replicas: -1 must be at least 0"),
         ({"nodes": ["postgresql://c/x"], "timeout": 0}, "timeout: 0 must be more than 0 seconds"),
         ({"nodes": ["postgresql://c/x"], "fetchsize": 1}, "did you mean fetch_size?"),
         ({"nodes": ["postgresql://db/shop"]}, "nodes[0]: the same server and database as"),
