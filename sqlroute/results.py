@@ -12,6 +12,7 @@ from sqlalchemy.engine.result import SimpleResultMetaData
 from sqlroute.errors import TooManyRows
 
 if TYPE_CHECKING:
+    from sqlroute.routing.merge import MergeSpec
     from sqlroute.routing.rewrite import Rewritten
 
 
@@ -21,9 +22,8 @@ def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
     It has the caller's column names, rows can be read by column, and what an ORM result knows
     (single entity, whether ``unique()`` must be called) is kept.
     """
-    from sqlroute.routing.merge import merge
-
-    rows = merge([_rows(result, rewritten.spec.entities) for result in results], rewritten.spec)
+    parts = [_rows(result, rewritten.spec.entities) for result in results]
+    rows = _merged(results[0], parts, rewritten.spec)
     return _answer(results[0], rewritten, rows)
 
 
@@ -53,7 +53,8 @@ def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | N
 
     cursors = _Cursors(results)
     parts = [_rows(result, rewritten.spec.entities) for result in results]
-    answer = _answer(results[0], rewritten, cursors.closed_after(merge(parts, rewritten.spec)))
+    rows = merge(parts, rewritten.spec) if size else _merged(results[0], parts, rewritten.spec)
+    answer = _answer(results[0], rewritten, cursors.closed_after(rows))
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
     answer._yield_per = size
     return answer
@@ -97,6 +98,26 @@ class _Cursors:
                 self.close()
             raise
         self.close()
+
+
+def _merged(first: Result[Any], parts: Sequence[Iterable[Any]], spec: MergeSpec) -> Iterator[Any]:
+    """Return the merged rows; where they have objects, all of these live until the last row.
+
+    ``unique()`` tells objects apart by ``id()``, which a new one takes over from one that is gone.
+    The rows of one server become objects all at once, and live as long as its result is read.
+    """
+    from sqlroute.routing.merge import merge
+
+    if first._attributes.get("filtered"):  # SQLAlchemy's word for rows that have objects
+        return _held(parts, spec)
+    return merge(parts, spec)
+
+
+def _held(parts: Sequence[Iterable[Any]], spec: MergeSpec) -> Iterator[Any]:
+    from sqlroute.routing.merge import merge
+
+    held = [list(part) for part in parts]
+    yield from merge(held, spec)
 
 
 def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> IteratorResult[Any]:
