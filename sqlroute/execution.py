@@ -31,7 +31,7 @@ from sqlroute.errors import (
 from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
 from sqlroute.references import write_everywhere
-from sqlroute.results import check_rows, merged, streamed
+from sqlroute.results import check_columns, check_rows, merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Missing, Plan, Target, Tier
@@ -576,8 +576,10 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     is_partial = options.get("sqlroute_partial", False)
     spares = _is_absence if is_partial else none_spared
     results = _run(session, _works(call, described, found, statement, spares), spares)
+    targets = found.targets
     if is_partial:
-        results = _present(session, found, results)
+        targets, results = _present(session, found, results)
+    check_columns(targets, results)
     if call.is_streaming:
         return streamed(results, rewritten, size)
     if most:
@@ -628,26 +630,29 @@ def _is_absence(error: BaseException) -> bool:
     return isinstance(error, absent) or (isinstance(error, sa_exc.DBAPIError) and _is_gone(error))
 
 
-def _present(session: RoutingMixin, found: Plan, results: list[Any]) -> list[Any]:
-    """Return the results of the shards that have answered; tell of those that have not.
+def _present(
+    session: RoutingMixin, found: Plan, results: list[Any]
+) -> tuple[tuple[Target, ...], list[Any]]:
+    """Return the shards that have answered, and their results; tell of those that have not.
 
     Raises:
         Exception: the first shard's, where none has.
     """
-    present = [result for result in results if not isinstance(result, Exception)]
+    answers = list(zip(found.targets, results, strict=True))
+    present = [(where, what) for where, what in answers if not isinstance(what, Exception)]
     if not present:
         raise results[0]
     absent = [
-        Missing(target.shard, target.node, _reason(result))
-        for target, result in zip(found.targets, results, strict=True)
-        if isinstance(result, Exception)
+        Missing(where.shard, where.node, _reason(what))
+        for where, what in answers
+        if isinstance(what, Exception)
     ]
     missing = (*found.missing, *absent)
     for gone in missing:
         session._router.listeners.tell(LeftOut(gone.shard, gone.node, gone.reason))
     names = (*session.missing_shards, *(gone.shard for gone in missing))
     session.missing_shards = tuple(dict.fromkeys(names))
-    return present
+    return tuple(where for where, _ in present), [what for _, what in present]
 
 
 def _shared(call: Call, size: int | None, shards: int) -> dict[str, Any]:
