@@ -30,6 +30,7 @@ from sqlroute.errors import (
 )
 from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
+from sqlroute.identity import is_reference
 from sqlroute.references import write_everywhere
 from sqlroute.results import check_columns, check_rows, merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
@@ -758,10 +759,13 @@ def _flush_first(call: Call) -> None:
 
 
 def _home(options: Mapping[str, Any]) -> str | None:
-    """Return the shard of the object whose columns are loaded, if that is what happens."""
+    """Return the shard of the object whose columns are loaded, if that is what happens.
+
+    None of a row that is on every shard: any may answer.
+    """
     loading = options.get("_sa_orm_load_options")
     refreshed: Any = getattr(loading, "_refresh_state", None)
-    if refreshed is None or refreshed.key is None:
+    if refreshed is None or refreshed.key is None or is_reference(refreshed.mapper):
         return None
     token: str | None = refreshed.key[2]
     return token

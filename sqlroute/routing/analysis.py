@@ -36,6 +36,7 @@ from sqlroute.routing.places import (
     items,
     primary_key,
 )
+from sqlroute.routing.relationships import check_collections
 from sqlroute.routing.selection import Found, Selection
 from sqlroute.routing.shapes import MergeShape, OrderClause, with_final_columns
 
@@ -54,6 +55,7 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
         CrossShardRefused: there is no exact merge.
     """
     selection = Selection(statement, code_points, scalars)
+    check_collections(selection.state)
     _check_columns_without_slot(selection)
     if not _is_grouped(selection):
         shape = _rows(selection, selection.check_scalar)

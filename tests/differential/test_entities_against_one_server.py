@@ -33,6 +33,12 @@ class City(Base):
     id: orm.Mapped[int] = orm.mapped_column(primary_key=True, autoincrement=False)
     name: orm.Mapped[str]
 
+    people: orm.Mapped[list[Person]] = orm.relationship(
+        primaryjoin="City.id == foreign(Person.city_id)",
+        order_by="Person.age.desc(), Person.id",
+        viewonly=True,
+    )
+
 
 class Person(Base):
     __tablename__ = "e_person"
@@ -276,7 +282,57 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 
+cities = select(City).order_by(City.id)
+cities_of_people = cities.join(City.people)
+
+
+def people_of(statement: Any) -> Callable[[Any], Any]:
+    return lambda s: [[city.name, city.people] for city in s.scalars(statement).unique()]
+
+
+def changed_by_update(session: Any) -> Any:
+    people = session.scalars(people_in_order.options(orm.joinedload(P.city))).all()
+    session.execute(sa.update(City).where(City.id == 1).values(name="Lima"))
+    return people
+
+
+def merged_into(session: Any) -> Any:
+    people = session.scalars(people_in_order.options(orm.joinedload(P.city))).all()
+    session.merge(City(id=1, name="Lima"))
+    return people
+
+
+def one_object_for_each_city(session: Any) -> Any:
+    """Loaded by joins on both shards, lazily, by key, and after all was forgotten."""
+    met = []
+    for options in (orm.joinedload(P.city), orm.lazyload(P.city)):
+        people = session.scalars(people_in_order.options(options)).all()
+        cities = {id(person.city) for person in people if person.city is not None}
+        met += [len(cities), session.get(City, 1) in {person.city for person in people}]
+        session.expunge_all()
+    return met
+
+
+ASKS |= {
+    "reference entities, unique": rows(cities_of_people),
+    "reference entities beside columns, unique": rows(
+        select(City, P.age).join(City.people).order_by(City.id, P.age)
+    ),
+    "collections of reference entities": people_of(cities),
+    "their selectin collections": people_of(cities.options(orm.selectinload(City.people))),
+    "their subquery collections": people_of(cities.options(orm.subqueryload(City.people))),
+    "one object for each row of a reference table": one_object_for_each_city,
+    "reference objects after an UPDATE": changed_by_update,
+    "reference objects after merge()": merged_into,
+}
+
 REFUSED: dict[str, Callable[[Any], Any]] = {
+    "contains_eager of a reference entity": people_of(
+        cities_of_people.options(orm.contains_eager(City.people))
+    ),
+    "inner joinedload of a reference entity": people_of(
+        cities.options(orm.joinedload(City.people, innerjoin=True))
+    ),
     "subquery collections, limited": ASKS.pop("subquery collections, limited"),
     "Query.exists": ASKS.pop("Query.exists"),
     "pets of another": rows(select(P, other).where(P.age == other.age)),
