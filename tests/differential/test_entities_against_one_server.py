@@ -274,6 +274,10 @@ ASKS: dict[str, Callable[[Any], Any]] = {
         s.query(P).with_entities(P.name).distinct().order_by(P.name).all()
     ),
     "Query.exists": lambda s: s.query(s.query(P).filter(P.age == 4).exists()).scalar(),
+    "Query.exists, of none": lambda s: [
+        s.query(asked.exists()).scalar()
+        for asked in (s.query(P).filter(P.age > 4), s.query(P).join(P.pets).filter(Pet.n == 2))
+    ],
     "Query.count": lambda s: s.query(P).count(),
     "Query.scalar": lambda s: s.query(func.max(P.age)).scalar(),
     "yield_per": lambda s: list(s.query(P).order_by(P.id).yield_per(4)),
@@ -334,7 +338,6 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
         cities.options(orm.joinedload(City.people, innerjoin=True))
     ),
     "subquery collections, limited": ASKS.pop("subquery collections, limited"),
-    "Query.exists": ASKS.pop("Query.exists"),
     "pets of another": rows(select(P, other).where(P.age == other.age)),
     "a window over all": rows(select(P.id, func.rank().over(order_by=P.age))),
 }
