@@ -32,7 +32,7 @@ from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
 from sqlroute.identity import is_reference
 from sqlroute.references import write_everywhere
-from sqlroute.results import check_columns, check_rows, merged, streamed
+from sqlroute.results import check_rows, merged, streamed
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Missing, Plan, Target, Tier
@@ -562,6 +562,8 @@ def _planned_again(call: Call, described: Described, options: Mapping[str, Any])
 
 
 def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:
+    from sqlroute.columns import check_columns
+
     session = call.session
     rewritten, found = merge_of(session, described, found, options)
     if rewritten is None:
@@ -580,7 +582,12 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     targets = found.targets
     if is_partial:
         targets, results = _present(session, found, results)
-    check_columns(targets, results)
+    try:
+        check_columns(targets, results, rewritten.spec)
+    except CrossShardRefused:
+        for result in results:
+            result.close()
+        raise
     if call.is_streaming:
         return streamed(results, rewritten, size)
     if most:

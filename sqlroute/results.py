@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from psycopg import adapters
 from sqlalchemy.engine import CursorResult, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 
-from sqlroute.errors import CrossShardRefused, TooManyRows
+from sqlroute.errors import TooManyRows
 
 if TYPE_CHECKING:
     from sqlroute.routing.merge import MergeSpec
-    from sqlroute.routing.plan import Target
     from sqlroute.routing.rewrite import Rewritten
-
-OWN_TYPES = 16_384
-"""The first OID of what is not PostgreSQL's own: that of a type differs from server to server."""
-
-SAME_VALUES = {"int2": "int8", "int4": "int8", "varchar": "text"}
-"""Types whose values, order and equality are those of another one."""
-
-Column = tuple[str, int]
-"""Name, and the OID of the type."""
 
 
 def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
@@ -45,7 +33,7 @@ def check_rows(results: Sequence[Result[Any]], most: int) -> None:
     Raises:
         TooManyRows: says how to have fewer, or all of them.
     """
-    if sum(_cursor(result).rowcount for result in results) > most:
+    if sum(cursor_result(result).rowcount for result in results) > most:
         raise TooManyRows(
             f"{len(results)} shards have sent more than max_scatter_rows = {most} rows; add a "
             "LIMIT or conditions, read them as a stream (yield_per), or raise it in the policy",
@@ -53,28 +41,10 @@ def check_rows(results: Sequence[Result[Any]], most: int) -> None:
         )
 
 
-def check_columns(targets: Sequence[Target], results: Sequence[Result[Any]]) -> None:
-    """Refuse to merge what has other columns on one shard than on the first.
-
-    So it may be after half a migration, or with ``SELECT *`` where columns were added in another
-    order: a value would stand under the name of another, or be compared with one of another type.
-
-    Raises:
-        CrossShardRefused: says what differs, and where; all cursors are closed.
-    """
-    first, *others = map(_columns, results)
-    for target, columns in zip(targets[1:], others, strict=True):
-        if columns == first or not (columns and first):
-            continue
-        difference = _difference(first, columns)
-        if difference is None:
-            continue
-        _Cursors(results).close()
-        here, there = (f"on {one.shard} ({one.node})" for one in (targets[0], target))
-        raise CrossShardRefused(
-            "columns",
-            f"{difference[0]} {here}, but {difference[1]} {there}; bring the shards to one schema",
-        )
+def cursor_result(result: Result[Any]) -> CursorResult[Any]:
+    """Return the result of the driver's cursor below the ORM's, if it is not that itself."""
+    found: Any = result
+    return found if isinstance(found, CursorResult) else found.raw
 
 
 def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None) -> Result[Any]:
@@ -105,7 +75,7 @@ class _Cursors:
 
     def __init__(self, results: Sequence[Result[Any]]) -> None:
         self._results = results
-        self.context = _cursor(results[0]).context
+        self.context = cursor_result(results[0]).context
 
     def close(self) -> None:
         """Close the cursors, every one, even where another fails to close."""
@@ -176,41 +146,6 @@ def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> It
     answer._unique_filter_state = state
     answer._attributes = answer._attributes.merge_with(attributes)
     return answer
-
-
-def _cursor(result: Result[Any]) -> CursorResult[Any]:
-    """Return the result of the driver's cursor below the ORM's, if it is not that itself."""
-    found: Any = result
-    return found if isinstance(found, CursorResult) else found.raw
-
-
-def _columns(result: Result[Any]) -> list[Column]:
-    """Return the columns that a server says it sends; none where its rows were fetched already."""
-    cursor: Any = _cursor(result).cursor
-    if cursor is None:
-        return []
-    answer = getattr(cursor, "_cursor", cursor).pgresult  # below SQLAlchemy's async one
-    return [(answer.fname(i).decode(), answer.ftype(i)) for i in range(answer.nfields)]
-
-
-def _difference(one: Sequence[Column], other: Sequence[Column]) -> tuple[str, str] | None:
-    """Return what is one thing here and another there, as words."""
-    names, others = ([name for name, _ in columns] for columns in (one, other))
-    if names != others:
-        return f"they are {', '.join(names)}", ", ".join(others)
-    for (name, mine), (_, theirs) in zip(one, other, strict=True):
-        here, there = _type(mine), _type(theirs)
-        if SAME_VALUES.get(here, here) != SAME_VALUES.get(there, there):
-            return f"{name} is {here}", there
-    return None
-
-
-@cache
-def _type(oid: int) -> str:
-    if oid >= OWN_TYPES:
-        return "a type of its own"
-    known = adapters.types.get(oid)
-    return f"type {oid}" if known is None else known.name
 
 
 def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:

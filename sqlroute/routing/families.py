@@ -133,7 +133,7 @@ def group_family(expression: ColumnElement[Any], clause: str = "GROUP BY") -> Fa
     """
     stored = storage_type(expression.type)
     if isinstance(stored, types.Enum):
-        return Family.TEXT
+        return Family.LABEL if stored.native_enum else Family.TEXT
     collation = getattr(stored, "collation", None)
     if collation is not None and _KNOWN_COLLATION.fullmatch(collation) is None:
         raise _refused(expression, clause, f"collation {collation} may take unlike texts for equal")
@@ -160,9 +160,12 @@ def has_rank(expression: ColumnElement[Any]) -> bool:
 
 
 def is_moment_column(expression: ColumnElement[Any]) -> bool:
-    """Say whether an expression is a column of dates or timestamps, some of which are infinite."""
+    """Say whether an expression is a column of moments that Python may have no values for.
+
+    Some dates and timestamps are infinite, and a day ends at the time 24:00.
+    """
     stored = storage_type(expression.type)
-    is_moment = isinstance(stored, types.Date | types.DateTime)
+    is_moment = isinstance(stored, types.Date | types.DateTime | types.Time)
     return is_moment and isinstance(bare(expression), ColumnClause)
 
 

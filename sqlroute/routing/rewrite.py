@@ -46,7 +46,7 @@ from sqlroute.routing.places import (
     sort_value_at,
 )
 from sqlroute.routing.selection import sources
-from sqlroute.routing.shapes import Hidden, MergeShape, OrderClause, ValuePlace
+from sqlroute.routing.shapes import HIDDEN, Hidden, MergeShape, OrderClause, ValuePlace
 from sqlroute.routing.unions import union_shape
 
 _INTEGER_MAX = 2**31 - 1  # SQLAlchemy casts the bind parameter of LIMIT to integer
@@ -247,7 +247,7 @@ def _ungrouped(statement: AnySelect, shape: MergeShape) -> AnySelect:
 
 def _hidden_columns(statement: AnySelect, shape: MergeShape) -> list[Label[Any]]:
     return [
-        _hidden_column(statement, hidden).label(f"sqlroute_{number}")
+        _hidden_column(statement, hidden).label(f"{HIDDEN}{number}")
         for number, hidden in enumerate(shape.hidden, 1)
     ]
 

@@ -1,6 +1,6 @@
-"""Promises for shards that are not of one schema, as in the middle of a migration.
+"""Promises for shards that are not of one schema, or of another than the program declares.
 
-What would be merged of unlike columns is an error that names the column, both shards and their
+What would be merged of unlike columns is an error that names the column, the shards and their
 nodes; what does not read the column is answered; the session goes on.
 """
 
@@ -61,12 +61,14 @@ def router(servers: LocalTopology) -> Iterator[Router]:
 
 @pytest.fixture
 def alter(servers: LocalTopology) -> Callable[..., None]:
-    """Change the schema of the second shard."""
+    """Change the schema of the second shard, or of those that are named."""
 
-    def alter(*clauses: str) -> None:
-        with psycopg.connect(**servers.node("s1-a").conninfo, autocommit=True) as connection:
-            for clause in clauses:
-                connection.execute(f"ALTER TABLE piece {clause}".encode())
+    def alter(*clauses: str, nodes: tuple[str, ...] = ("s1-a",)) -> None:
+        for node in nodes:
+            with psycopg.connect(**servers.node(node).conninfo, autocommit=True) as connection:
+                connection.execute("CREATE EXTENSION IF NOT EXISTS citext")
+                for clause in clauses:
+                    connection.execute(f"ALTER TABLE piece {clause}".encode())
 
     return alter
 
@@ -180,3 +182,51 @@ def test_async_sessions_refuse_it_too(router: Router, alter: Callable[..., None]
         await router.aclose()
 
     asyncio.run(main())
+
+
+P = Piece
+WRONGLY_DECLARED: dict[str, tuple[str, Any, str]] = {
+    "citext in order": (
+        "label TYPE citext",
+        select(P.id).order_by(P.label),
+        r"ORDER BY: piece\.label is a type of its own on s0 \(s0-a\), and taken for text",
+    ),
+    "citext in groups": (
+        "label TYPE citext",
+        select(P.label, func.count()).group_by(P.label),
+        "GROUP BY: piece.label is a type of its own",
+    ),
+    "citext of entities": (
+        "label TYPE citext",
+        select(P).options(orm.load_only(P.size)).order_by(P.label),
+        "ORDER BY: piece.label is a type of its own",
+    ),
+    "char(n)": ("label TYPE char(9)", select(P.id).order_by(P.label), "bpchar .* taken for text"),
+    "money": (
+        "size TYPE money USING size::money",
+        select(P.size).distinct(),
+        "DISTINCT: piece.size is money .* taken for number",
+    ),
+    "interval": (
+        "made TYPE interval USING interval '1 month'",
+        select(func.max(P.made)),
+        r"max\(piece.made\) is interval",
+    ),
+    "interval by SQLAlchemy": (
+        "size SET DEFAULT 1",
+        select((P.made - sa.func.date(P.made, type_=sa.Date)).label("rest")).order_by("rest"),
+        "is interval .* taken for timestamp",
+    ),
+    "stream": ("size TYPE text", select(P.id).order_by(P.size), "is text .* taken for number"),
+}
+
+
+@pytest.mark.parametrize("name", WRONGLY_DECLARED)
+def test_what_is_declared_as_another_type_is_not_compared_as_that(
+    router: Router, alter: Callable[..., None], name: str
+) -> None:
+    """Python's order of the one type need not be PostgreSQL's of the other."""
+    change, statement, message = WRONGLY_DECLARED[name]
+    alter(f"ALTER {change}", nodes=("s0-a", "s1-a"))
+
+    refused(router, rows(statement, **({"yield_per": 2} if name == "stream" else {})), message)
