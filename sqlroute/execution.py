@@ -32,7 +32,7 @@ from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
 from sqlroute.identity import is_reference
 from sqlroute.references import write_everywhere
-from sqlroute.results import check_rows, merged, streamed
+from sqlroute.results import check_rows, merged, streamed, time_fetches
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Missing, Plan, Target, Tier
@@ -194,7 +194,10 @@ def execute(call: Call) -> Any:
     if filled:
         call.parameters = filled if isinstance(call.parameters, list | tuple) else filled[0]
     if found.tier is Tier.SINGLE:
-        return _single(call, described, found)
+        result = _single(call, described, found)
+        if session._limit is not None and call.is_streaming and not call.scalar:
+            time_fetches(result, _name(found.target), partial(_deadline_left, session))
+        return result
     if found.tier is Tier.EMPTY:
         return _empty(call)
     if found.tier is Tier.SCATTER:
@@ -588,11 +591,14 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
         for result in results:
             result.close()
         raise
+    names = [_name(target) for target in targets]
     if call.is_streaming:
-        return streamed(results, rewritten, size)
+        for result, name in zip(results, names, strict=True):
+            time_fetches(result, name, partial(_time_left, session))
+        return streamed(results, rewritten, names, size)
     if most:
         check_rows(results, most)
-    return merged(results, rewritten)
+    return merged(results, rewritten, names)
 
 
 def _works(
@@ -610,7 +616,7 @@ def _works(
             if not spares(error):
                 raise
             work = partial(_fail, error)
-        works.append((f"{target.shard} ({target.node})", work))
+        works.append((_name(target), work))
     return works
 
 
@@ -618,12 +624,25 @@ def _fail(error: Exception) -> None:
     raise error
 
 
+def _name(target: Target) -> str:
+    return f"{target.shard} ({target.node})"
+
+
+def _time_left(session: RoutingMixin) -> float:
+    """Return how many seconds a statement on several shards, or a batch of its rows, may take."""
+    timeout = session._router.policy.scatter_timeout
+    return timeout if session._limit is None else min(timeout, session._limit.left())
+
+
+def _deadline_left(session: RoutingMixin) -> float | None:
+    return None if session._limit is None else session._limit.left()
+
+
 def _run(session: RoutingMixin, works: list[Work], spares: Spares) -> list[Any]:
     """Run the works of a scatter in the time there is, see :mod:`sqlroute.runtime.scatter`."""
-    timeout = session._router.policy.scatter_timeout
     if session._limit is not None:
         session._limit.check("a statement on several shards")
-        timeout = min(timeout, session._limit.left())
+    timeout = _time_left(session)
     if session._routes.is_async:
         return scatter_async(works, timeout, spares)
     return scatter(works, session._router.threads(), timeout, spares)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import CursorResult, IteratorResult, Result
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 from sqlroute.errors import TooManyRows
+from sqlroute.runtime.fetching import TimedCursor
+from sqlroute.runtime.scatter import locate
 
 if TYPE_CHECKING:
     from sqlroute.routing.merge import MergeSpec
     from sqlroute.routing.rewrite import Rewritten
 
 
-def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
+def merged(
+    results: Sequence[Result[Any]], rewritten: Rewritten, names: Sequence[str]
+) -> Result[Any]:
     """Return the merged result: a drop-in for the one that a single server would have given.
 
     It has the caller's column names, rows can be read by column, and what an ORM result knows
     (single entity, whether ``unique()`` must be called) is kept.
+
+    Args:
+        names: of the shards and nodes, for the errors of reading their rows.
     """
-    parts = [_rows(result, rewritten.spec.entities) for result in results]
+    parts = _parts(results, rewritten, names)
     rows = _merged(results[0], parts, rewritten.spec)
     return _answer(results[0], rewritten, rows)
 
@@ -47,7 +54,16 @@ def cursor_result(result: Result[Any]) -> CursorResult[Any]:
     return found if isinstance(found, CursorResult) else found.raw
 
 
-def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None) -> Result[Any]:
+def time_fetches(result: Any, name: str, seconds: Callable[[], float | None]) -> None:
+    """Bound each fetch of a stream, see :class:`~sqlroute.runtime.fetching.TimedCursor`."""
+    found = cursor_result(result)
+    if found.cursor is not None:
+        found.cursor = TimedCursor(found.cursor, name, seconds)
+
+
+def streamed(
+    results: Sequence[Result[Any]], rewritten: Rewritten, names: Sequence[str], size: int | None
+) -> Result[Any]:
     """Return the merged result of server-side cursors, which reads them as it is read.
 
     When it is closed, has given its last row or meets an error, all cursors are closed.
@@ -58,7 +74,7 @@ def streamed(results: Sequence[Result[Any]], rewritten: Rewritten, size: int | N
     from sqlroute.routing.merge import merge
 
     cursors = _Cursors(results)
-    parts = [_rows(result, rewritten.spec.entities) for result in results]
+    parts = _parts(results, rewritten, names)
     rows = merge(parts, rewritten.spec) if size else _merged(results[0], parts, rewritten.spec)
     answer = _answer(results[0], rewritten, cursors.closed_after(rows))
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
@@ -148,6 +164,17 @@ def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> It
     return answer
 
 
-def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:
-    """Yield rows; joined eager rows of one entity are one row already."""
-    yield from (tuple(row) for row in (result.unique() if entities else result))
+def _parts(
+    results: Sequence[Result[Any]], rewritten: Rewritten, names: Sequence[str]
+) -> list[Iterable[tuple[Any, ...]]]:
+    entities = rewritten.spec.entities
+    return [_rows(result, entities, name) for result, name in zip(results, names, strict=True)]
+
+
+def _rows(result: Result[Any], entities: bool, name: str) -> Iterable[tuple[Any, ...]]:
+    """Yield rows; joined eager rows of one entity are one row already. Errors say where."""
+    try:
+        yield from (tuple(row) for row in (result.unique() if entities else result))
+    except Exception as error:
+        locate(error, name)
+        raise
