@@ -101,7 +101,11 @@ def analyse(
         shape = union_shape(statement, text_order_is_code_point, scalar_functions)
         return _with_bounds(statement, shape)
     if not isinstance(statement, Select):
-        raise CrossShardRefused(type(statement).__name__, "only a SELECT is merged")
+        raise CrossShardRefused(
+            type(statement).__name__,
+            "only a SELECT is merged; instead of from_statement() select the entity itself, or an "
+            "alias of it over a subquery",
+        )
     _check_clauses(statement)
     _check_bounds(statement)
     shape = shape_of(statement, text_order_is_code_point, scalar_functions)
