@@ -40,6 +40,14 @@ class City(Base):
     )
 
 
+class Capital(City):
+    __tablename__ = "e_capital"
+    __table_args__ = reference_table()
+
+    id: orm.Mapped[int] = orm.mapped_column(sa.ForeignKey("e_city.id"), primary_key=True)
+    seat: orm.Mapped[str]
+
+
 class Person(Base):
     __tablename__ = "e_person"
     __table_args__ = sharded_by("id")
@@ -375,3 +383,23 @@ def test_objects_of_a_merge_go_home_when_they_are_written(sides: Sides) -> None:
         session.rollback()
 
     assert sorted(names) == ["first", "last"]
+
+
+def test_an_entity_of_two_reference_tables_is_deleted_on_every_shard(sides: Sides) -> None:
+    """The child's row before its parent's, which it refers to."""
+    router, _ = sides
+    with router.sessionmaker()() as session:
+        session.add(Capital(id=9, name="Bern", seat="Bundeshaus"))
+        session.commit()
+        session.delete(session.get_one(Capital, 9))
+        session.commit()
+        left = [
+            session.scalar(
+                select(func.count()).select_from(entity).where(entity.id == 9),
+                execution_options={"sqlroute_shard": shard},
+            )
+            for entity in (City, Capital)
+            for shard in ("s0", "s1")
+        ]
+
+    assert left == [0, 0, 0, 0]
