@@ -30,8 +30,9 @@ from sqlroute.errors import (
 )
 from sqlroute.events import Fallback, LeftOut, PlanChosen, Retried
 from sqlroute.health import FENCE
+from sqlroute.identity import is_reference
 from sqlroute.references import write_everywhere
-from sqlroute.results import check_rows, merged, streamed
+from sqlroute.results import check_rows, merged, streamed, time_fetches
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.plan import Missing, Plan, Target, Tier
@@ -200,7 +201,10 @@ def execute(call: Call) -> Any:
     if filled:
         call.parameters = filled if isinstance(call.parameters, list | tuple) else filled[0]
     if found.tier is Tier.SINGLE:
-        return _single(call, described, found)
+        result = _single(call, described, found)
+        if session._limit is not None and call.is_streaming and not call.scalar:
+            time_fetches(result, _name(found.target), partial(_deadline_left, session))
+        return result
     if found.tier is Tier.EMPTY:
         return _empty(call)
     if found.tier is Tier.SCATTER:
@@ -568,6 +572,8 @@ def _planned_again(
 
 
 def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str, Any]) -> Any:
+    from sqlroute.columns import check_columns
+
     session = call.session
     rewritten, found = merge_of(session, described, found, options)
     if rewritten is None:
@@ -585,13 +591,23 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     is_partial = options.get("sqlroute_partial", False)
     spares = _is_absence if is_partial else none_spared
     results = _run(session, _works(call, described, found, statement, spares), spares)
+    targets = found.targets
     if is_partial:
-        results = _present(session, found, results)
+        targets, results = _present(session, found, results)
+    try:
+        check_columns(targets, results, rewritten.spec)
+    except CrossShardRefused:
+        for result in results:
+            result.close()
+        raise
+    names = [_name(target) for target in targets]
     if call.is_streaming:
-        return streamed(results, rewritten, size, share)
+        for result, name in zip(results, names, strict=True):
+            time_fetches(result, name, partial(_time_left, session))
+        return streamed(results, rewritten, names, size, share)
     if most:
         check_rows(results, most)
-    return merged(results, rewritten)
+    return merged(results, rewritten, names)
 
 
 def _works(
@@ -609,7 +625,7 @@ def _works(
             if not spares(error):
                 raise
             work = partial(_fail, error)
-        works.append((f"{target.shard} ({target.node})", work))
+        works.append((_name(target), work))
     return works
 
 
@@ -617,12 +633,25 @@ def _fail(error: Exception) -> None:
     raise error
 
 
+def _name(target: Target) -> str:
+    return f"{target.shard} ({target.node})"
+
+
+def _time_left(session: RoutingMixin) -> float:
+    """Return how many seconds a statement on several shards, or a batch of its rows, may take."""
+    timeout = session._router.policy.scatter_timeout
+    return timeout if session._limit is None else min(timeout, session._limit.left())
+
+
+def _deadline_left(session: RoutingMixin) -> float | None:
+    return None if session._limit is None else session._limit.left()
+
+
 def _run(session: RoutingMixin, works: list[Work], spares: Spares) -> list[Any]:
     """Run the works of a scatter in the time there is, see :mod:`sqlroute.runtime.scatter`."""
-    timeout = session._router.policy.scatter_timeout
     if session._limit is not None:
         session._limit.check("a statement on several shards")
-        timeout = min(timeout, session._limit.left())
+    timeout = _time_left(session)
     if session._routes.is_async:
         return scatter_async(works, timeout, spares)
     return scatter(works, timeout, spares)
@@ -637,26 +666,29 @@ def _is_absence(error: BaseException) -> bool:
     return isinstance(error, absent) or (isinstance(error, sa_exc.DBAPIError) and _is_gone(error))
 
 
-def _present(session: RoutingMixin, found: Plan, results: list[Any]) -> list[Any]:
-    """Return the results of the shards that have answered; tell of those that have not.
+def _present(
+    session: RoutingMixin, found: Plan, results: list[Any]
+) -> tuple[tuple[Target, ...], list[Any]]:
+    """Return the shards that have answered, and their results; tell of those that have not.
 
     Raises:
         Exception: the first shard's, where none has.
     """
-    present = [result for result in results if not isinstance(result, Exception)]
+    answers = list(zip(found.targets, results, strict=True))
+    present = [(where, what) for where, what in answers if not isinstance(what, Exception)]
     if not present:
         raise results[0]
     absent = [
-        Missing(target.shard, target.node, _reason(result))
-        for target, result in zip(found.targets, results, strict=True)
-        if isinstance(result, Exception)
+        Missing(where.shard, where.node, _reason(what))
+        for where, what in answers
+        if isinstance(what, Exception)
     ]
     missing = (*found.missing, *absent)
     for gone in missing:
         session._router.listeners.tell(LeftOut(gone.shard, gone.node, gone.reason))
     names = (*session.missing_shards, *(gone.shard for gone in missing))
     session.missing_shards = tuple(dict.fromkeys(names))
-    return present
+    return tuple(where for where, _ in present), [what for _, what in present]
 
 
 def _with_lists(
@@ -750,10 +782,13 @@ def _flush_first(call: Call) -> None:
 
 
 def _home(options: Mapping[str, Any]) -> str | None:
-    """Return the shard of the object whose columns are loaded, if that is what happens."""
+    """Return the shard of the object whose columns are loaded, if that is what happens.
+
+    None of a row that is on every shard: any may answer.
+    """
     loading = options.get("_sa_orm_load_options")
     refreshed: Any = getattr(loading, "_refresh_state", None)
-    if refreshed is None or refreshed.key is None:
+    if refreshed is None or refreshed.key is None or is_reference(refreshed.mapper):
         return None
     token: str | None = refreshed.key[2]
     return token

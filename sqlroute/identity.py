@@ -1,10 +1,14 @@
-"""Give objects that a coordinator has loaded the shard they belong to: its rows do not say it.
+"""Say which shard an object belongs to where its row does not: the identity maps of sessions.
 
-The primary key of a sharded table contains its shard key, so the key of an object says where its
-row is. SQLAlchemy looks for each row's object in the identity map, and puts a new one there: both
-go through :class:`ByKey` while rows of a coordinator become objects, which finds the identity token
-of the shard in the place of :data:`BY_KEY`. So an object that is there already is found, and a new
-one is refreshed, lazily loaded and flushed on its own shard.
+A row of a reference table is on every shard, and one object: :class:`OfAllShards` keeps it under
+the identity token of the shard that is written first, whichever shard it was read from.
+
+Rows of a coordinator do not say their shard at all. The primary key of a sharded table contains its
+shard key, so the key of an object says where its row is. SQLAlchemy looks for each row's object in
+the identity map, and puts a new one there: both go through :class:`ByKey` while rows of a
+coordinator become objects, which finds the identity token of the shard in the place of
+:data:`BY_KEY`. So an object that is there already is found, and a new one is refreshed, lazily
+loaded and flushed on its own shard.
 
 SQLAlchemy internals used, checked by ``tests/unit/test_sqlalchemy_internals.py``: the attributes of
 ``IdentityMap``, and that loading asks it by ``get`` and ``_add_unpresent`` alone.
@@ -21,12 +25,56 @@ from sqlalchemy.orm.identity import _WeakInstanceDict
 
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.declare import Reference, declaration
+from sqlroute.topology import Topology
 
 if TYPE_CHECKING:
     from sqlroute.session import RoutingMixin
 
 BY_KEY = "?"
 """The identity token of rows whose shard their key tells. No shard has this name."""
+
+
+class WrittenFirst(dict[type, str | None]):
+    """The shard that rows of a reference table are written on first, by entity; ``None`` of others.
+
+    A dict that finds what it is asked for, since it is asked of each row that becomes an object.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def __missing__(self, entity: type) -> str | None:
+        found = self[entity] = self._of(class_mapper(entity))
+        return found
+
+    def _of(self, mapper: Mapper[Any]) -> str | None:
+        if not is_reference(mapper):
+            return None
+        name = declaration(mapper.local_table).keyspace  # type: ignore[arg-type, union-attr]
+        keyspace = self._topology.keyspace(name) if name else self._topology.default
+        return keyspace.shard_names[0] if keyspace.is_sharded else None
+
+
+class OfAllShards(_WeakInstanceDict):
+    """An identity map in which rows of a reference table have one object each."""
+
+    def __init__(self, written_first: WrittenFirst) -> None:
+        super().__init__()
+        self._written_first = written_first
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return the object of a key, whichever shard its row was read from."""
+        shard = self._written_first[key[0]]
+        if shard is not None:
+            key = (key[0], key[1], shard)
+        return super().get(key, default)
+
+    def _add_unpresent(self, state: Any, key: Any) -> None:
+        shard = self._written_first[key[0]]
+        if shard is not None:
+            key = (key[0], key[1], shard)
+            state.key, state.identity_token = key, shard
+        super()._add_unpresent(state, key)
 
 
 class ByKey(_WeakInstanceDict):
@@ -54,16 +102,17 @@ class ByKey(_WeakInstanceDict):
         mapper: Mapper[Any] = class_mapper(key[0])
         tokens = self._session._tokens_of(mapper, key[1])
         keys = [(key[0], key[1], token) for token in tokens]
-        if len(keys) > 1 and not _is_reference(mapper):
+        if len(keys) > 1:
             raise CrossShardRefused(
                 f"entity {mapper.class_.__name__}",
                 "its primary key does not contain the shard key, so the shard of an object that "
                 "the coordinator has read is not known; select its columns instead",
             )
-        return next((known for known in keys if known in self), keys[0])
+        return keys[0]
 
 
-def _is_reference(mapper: Mapper[Any]) -> bool:
+def is_reference(mapper: Mapper[Any]) -> bool:
+    """Say whether the rows of an entity are on every shard."""
     table: Any = mapper.local_table
     return hasattr(table, "info") and isinstance(declaration(table), Reference)
 

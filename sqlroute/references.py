@@ -111,7 +111,8 @@ def _copy(
     others_of = getattr(state.session, "_others", None)
     if others_of is None:
         return  # a plain Session on one database
-    for table in state.mapper.tables:
+    tables = state.mapper.tables  # of a joined inheritance the parent's first
+    for table in tables if new is not None else reversed(tables):
         if isinstance(declaration(table), Reference):
             others = others_of(table)
             if new is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,29 @@ from sqlalchemy.engine.result import ChunkedIteratorResult, SimpleResultMetaData
 
 from sqlroute.errors import TooManyRows
 from sqlroute.identity import tokens_by_key
+from sqlroute.routing.interleaving import BLOCK
+from sqlroute.runtime.fetching import TimedCursor
+from sqlroute.runtime.scatter import locate
 
 if TYPE_CHECKING:
+    from sqlroute.routing.merge import MergeSpec
     from sqlroute.routing.rewrite import Rewritten
     from sqlroute.session import RoutingMixin
 
 
-def merged(results: Sequence[Result[Any]], rewritten: Rewritten) -> Result[Any]:
+def merged(
+    results: Sequence[Result[Any]], rewritten: Rewritten, names: Sequence[str]
+) -> Result[Any]:
     """Return the merged result: a drop-in for the one that a single server would have given.
 
     It has the caller's column names, rows can be read by column, and what an ORM result knows
     (single entity, whether ``unique()`` must be called) is kept.
-    """
-    from sqlroute.routing.merge import merge
 
-    rows = merge([_rows(result, rewritten.spec.entities) for result in results], rewritten.spec)
+    Args:
+        names: of the shards and nodes, for the errors of reading their rows.
+    """
+    parts = _parts(results, rewritten, names)
+    rows = _merged(results[0], parts, rewritten.spec)
     return _answer(results[0], rewritten, rows)
 
 
@@ -36,7 +44,7 @@ def check_rows(results: Sequence[Result[Any]], most: int) -> None:
     Raises:
         TooManyRows: says how to have fewer, or all of them.
     """
-    if sum(_cursor(result).rowcount for result in results) > most:
+    if sum(cursor_result(result).rowcount for result in results) > most:
         raise TooManyRows(
             f"{len(results)} shards have sent more than max_scatter_rows = {most} rows; add a "
             "LIMIT or conditions, read them as a stream (yield_per), or raise it in the policy",
@@ -44,8 +52,25 @@ def check_rows(results: Sequence[Result[Any]], most: int) -> None:
         )
 
 
+def cursor_result(result: Result[Any]) -> CursorResult[Any]:
+    """Return the result of the driver's cursor below the ORM's, if it is not that itself."""
+    found: Any = result
+    return found if isinstance(found, CursorResult) else found.raw
+
+
+def time_fetches(result: Any, name: str, seconds: Callable[[], float | None]) -> None:
+    """Bound each fetch of a stream, see :class:`~sqlroute.runtime.fetching.TimedCursor`."""
+    found = cursor_result(result)
+    if found.cursor is not None:
+        found.cursor = TimedCursor(found.cursor, name, seconds)
+
+
 def streamed(
-    results: Sequence[Result[Any]], rewritten: Rewritten, size: int | None, share: int
+    results: Sequence[Result[Any]],
+    rewritten: Rewritten,
+    names: Sequence[str],
+    size: int | None,
+    share: int,
 ) -> Result[Any]:
     """Return the merged result of server-side cursors, which reads them as it is read.
 
@@ -58,10 +83,9 @@ def streamed(
     from sqlroute.routing.merge import merge
 
     cursors = _Cursors(results)
-    parts = [_rows(result, rewritten.spec.entities) for result in results]
-    answer = _answer(
-        results[0], rewritten, cursors.closed_after(merge(parts, rewritten.spec, share))
-    )
+    parts, spec = _parts(results, rewritten, names), rewritten.spec
+    rows = merge(parts, spec, share) if size else _merged(results[0], parts, spec, share)
+    answer = _answer(results[0], rewritten, cursors.closed_after(rows))
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
     answer._yield_per = size
     return answer
@@ -112,7 +136,7 @@ class _Cursors:
 
     def __init__(self, results: Sequence[Result[Any]]) -> None:
         self._results = results
-        self.context = _cursor(results[0]).context
+        self.context = cursor_result(results[0]).context
 
     def close(self) -> None:
         """Close the cursors, every one, even where another fails to close."""
@@ -143,6 +167,28 @@ class _Cursors:
         self.close()
 
 
+def _merged(
+    first: Result[Any], parts: Sequence[Iterable[Any]], spec: MergeSpec, block: int = BLOCK
+) -> Iterator[Any]:
+    """Return the merged rows; where they have objects, all of these live until the last row.
+
+    ``unique()`` tells objects apart by ``id()``, which a new one takes over from one that is gone.
+    The rows of one server become objects all at once, and live as long as its result is read.
+    """
+    from sqlroute.routing.merge import merge
+
+    if first._attributes.get("filtered"):  # SQLAlchemy's word for rows that have objects
+        return _held(parts, spec)
+    return merge(parts, spec, block)
+
+
+def _held(parts: Sequence[Iterable[Any]], spec: MergeSpec) -> Iterator[Any]:
+    from sqlroute.routing.merge import merge
+
+    held = [list(part) for part in parts]
+    yield from merge(held, spec)
+
+
 def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> IteratorResult[Any]:
     spec = rewritten.spec
     names = list(first._metadata._keys)  # keys() leaves out an alias without a name
@@ -165,13 +211,14 @@ def _answer(first: Result[Any], rewritten: Rewritten, rows: Iterator[Any]) -> It
     return answer
 
 
-def _cursor(result: Result[Any]) -> CursorResult[Any]:
-    """Return the result of the driver's cursor below the ORM's, if it is not that itself."""
-    found: Any = result
-    return found if isinstance(found, CursorResult) else found.raw
+def _parts(
+    results: Sequence[Result[Any]], rewritten: Rewritten, names: Sequence[str]
+) -> list[Iterable[tuple[Any, ...]]]:
+    entities = rewritten.spec.entities
+    return [_rows(result, entities, name) for result, name in zip(results, names, strict=True)]
 
 
-def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:
+def _tuples(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:
     """Return the rows as tuples; joined eager rows of one entity are one row already."""
     if entities:
         return map(tuple, result.unique())
@@ -179,3 +226,12 @@ def _rows(result: Result[Any], entities: bool) -> Iterable[tuple[Any, ...]]:
         return map(tuple, result)
     rows: Any = result._raw_row_iterator()  # the ORM has made tuples, or objects where it is alone
     return zip(rows) if result._source_supports_scalars else rows
+
+
+def _rows(result: Result[Any], entities: bool, name: str) -> Iterable[tuple[Any, ...]]:
+    """Yield the rows; errors say where."""
+    try:
+        yield from _tuples(result, entities)
+    except Exception as error:
+        locate(error, name)
+        raise

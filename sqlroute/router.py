@@ -49,6 +49,7 @@ from sqlroute.events import (
     log_event,
 )
 from sqlroute.health import Health, NodeHealth, Role, State
+from sqlroute.identity import WrittenFirst
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, candidates, floor_of
 from sqlroute.routing.declare import declaration, shard_key
@@ -110,6 +111,7 @@ class Router:
         is_sharded: some keyspace has several shards.
         writes: the write transactions of its sessions: which are under way, which wait.
         readers: the databases of coordinators that read replicas.
+        written_first: of each entity whose rows are on every shard, which is written first.
         refused_writes: how many statements a replica has refused as writes; they were run again on
             the primary. Each is a read by all that could be proved, and none in fact.
     """
@@ -148,6 +150,7 @@ class Router:
         self._rng = Random()
         self.refused_writes = 0
         self.is_sharded = any(keyspace.is_sharded for keyspace in topology.keyspaces)
+        self.written_first = WrittenFirst(topology)
         self.demand = Demand(self.policy.consistency)
         self.listeners = Listeners()
         self.listeners.add(

@@ -49,6 +49,7 @@ from sqlroute.errors import (
 )
 from sqlroute.events import Retried
 from sqlroute.execution import BIND, Call, execute, explained, plan
+from sqlroute.identity import OfAllShards
 from sqlroute.references import copy_after_flush
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Reference, Sharded, declaration, shard_key
@@ -148,6 +149,8 @@ class RoutingMixin(Asking, _Base):
         if deadline is not None:
             self._limit = Limit.after(deadline)
         super().__init__(*arguments, **options)
+        if self._is_sharded:
+            self.identity_map = OfAllShards(router.written_first)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -729,6 +732,12 @@ class RoutingMixin(Asking, _Base):
         self._stale.before_copy(states, self._connection_of_state)
         super().bulk_save_objects(objects, *arguments, **options)
 
+    def expunge_all(self) -> None:
+        """Forget all objects. See ``Session.expunge_all``, which ``close`` and ``reset`` call."""
+        super().expunge_all()
+        if self._is_sharded:
+            self.identity_map = OfAllShards(self._router.written_first)
+
     # fewer parameters by name: what is only handed on is in options
     def _identity_lookup(  # type: ignore[override]
         self, mapper: Any, primary_key_identity: Any, identity_token: Any = None, **options: Any
@@ -753,7 +762,7 @@ class RoutingMixin(Asking, _Base):
         topology = self._router.topology
         keyspace = topology.keyspace(declared.keyspace) if declared.keyspace else topology.default
         if not isinstance(declared, Sharded):
-            return keyspace.shard_names
+            return keyspace.shard_names[:1]
         values = identity if isinstance(identity, tuple) else (identity,)
         row = {c.key: value for c, value in zip(mapper.primary_key, values, strict=False)}
         shard_map = self._router.shard_map_of(keyspace, self._routes)

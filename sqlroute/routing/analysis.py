@@ -20,10 +20,12 @@ from sqlroute.routing.aggregates import (
     is_aggregated,
     refuse_text,
 )
+from sqlroute.routing.combining import Aggregate, AggregateKind
+from sqlroute.routing.existence import Question, question
 from sqlroute.routing.families import bare, group_family, is_source, words
 from sqlroute.routing.functions import GROUPINGS
 from sqlroute.routing.grouped import Groups, has_number_result
-from sqlroute.routing.merge import GroupKey
+from sqlroute.routing.merge import Grouping, GroupKey
 from sqlroute.routing.ordering import Family, SortTerm
 from sqlroute.routing.places import (
     AnySelect,
@@ -36,6 +38,7 @@ from sqlroute.routing.places import (
     items,
     primary_key,
 )
+from sqlroute.routing.relationships import check_collections
 from sqlroute.routing.selection import Found, Selection
 from sqlroute.routing.shapes import MergeShape, OrderClause, with_final_columns
 
@@ -53,7 +56,11 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
     Raises:
         CrossShardRefused: there is no exact merge.
     """
+    asked = question(statement)
+    if asked is not None:
+        return MergeShape(grouping=Grouping((), (_answer(statement, asked),), (), ()))
     selection = Selection(statement, code_points, scalars)
+    check_collections(selection.state)
     _check_columns_without_slot(selection)
     if not _is_grouped(selection):
         shape = _rows(selection, selection.check_scalar)
@@ -68,6 +75,12 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
         entities=bool(getattr(selection.state, "multi_row_eager_loaders", False)),
     )
     return with_final_columns(shape)
+
+
+def _answer(statement: AnySelect, asked: Question) -> Aggregate:
+    """Return how the shards' answers to ``EXISTS`` are one."""
+    kind = AggregateKind.BOOL_AND if asked.is_negated else AggregateKind.BOOL_OR
+    return Aggregate(kind, 0, (0,), Family.BOOLEAN, None, words(statement._raw_columns[0]))
 
 
 def check_arm(selection: Selection, keyword: str, *, keeps_all: bool) -> None:

@@ -60,6 +60,7 @@ from sqlroute.routing.conditions import (
     split,
 )
 from sqlroute.routing.declare import Sharded, ShardKey, declaration, kind_of, shard_key
+from sqlroute.routing.existence import question
 from sqlroute.routing.functions import AGGREGATES, HARMLESS
 from sqlroute.routing.keys import Recipe, reference_dialect
 
@@ -112,6 +113,10 @@ def occurrences(core: Any, sharded: tuple[Table, ...], queries: Sequence[Query])
     """
     if isinstance(core, CompoundSelect) and core.keyword in _ARM_BY_ARM:
         return _arms(core, sharded)
+    asked = question(core)
+    if asked is not None and _is_plain(asked.rows):
+        inner = [query for query in queries if hash(query) != hash(core)]
+        return replace(occurrences(asked.rows, sharded, inner), required=())  # a row of none
     walk = _Walk(core, is_nested=len(queries) > 1)
     if isinstance(core, Select):
         scope = _Scope()
@@ -422,6 +427,12 @@ def _chooses_rows(select: Select[Any]) -> bool:
     )
 
 
+def _is_plain(select: Select[Any]) -> bool:
+    """Say if its rows over all shards are those of each shard, one after the other."""
+    is_filtered = bool(select._having_criteria)
+    return not (_chooses_rows(select) or _makes_rows(select) or is_filtered)
+
+
 def _makes_rows(select: Select[Any]) -> bool:
     """Say if it may give a row of no rows: an aggregate without GROUP BY does.
 
@@ -440,8 +451,8 @@ def _may_aggregate(part: Any) -> bool:
         name = getattr(part, "name", None)
         return name in AGGREGATES or name not in HARMLESS
     if isinstance(part, ColumnClause):
-        return part.is_literal
-    return isinstance(part, AbstractTextClause)
+        return part.is_literal and "(" in part.name  # no call is without it
+    return isinstance(part, AbstractTextClause) and "(" in getattr(part, "text", "(")
 
 
 def _is_local(select: Select[Any], scope: _Scope, block: Block) -> bool:

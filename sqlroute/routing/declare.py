@@ -15,7 +15,7 @@ from sqlalchemy import types
 from sqlalchemy.sql.schema import Column, Table
 from sqlalchemy.sql.type_api import TypeEngine
 
-from sqlroute.errors import InvalidShardKey, UnknownName
+from sqlroute.errors import CrossShardRefused, InvalidShardKey, UnknownName
 from sqlroute.routing.hashing import KeyKind
 
 INFO_KEY = "sqlroute"
@@ -108,6 +108,13 @@ def shard_key(table: Table) -> ShardKey:
     )
     table.info["sqlroute.key"] = key
     return key
+
+
+def only_of(name: str) -> CrossShardRefused:
+    """Return the error of ``ONLY`` before a sharded table: the rows are in its partitions."""
+    return CrossShardRefused(
+        "ONLY", f"{name} is sharded, so its rows are in partitions of it; leave ONLY out"
+    )
 
 
 def _column(table: Table, name: str) -> Column[Any]:

@@ -103,6 +103,7 @@ _CLASSES: dict[Family, tuple[type, ...]] = {
     Family.UUID: (uuid.UUID,),
     Family.BYTES: (bytes,),
     Family.TEXT: (str,),
+    Family.LABEL: (str,),
 }
 
 

@@ -83,6 +83,13 @@ _MOMENTS = frozenset(
     {"date_trunc", "date_bin", "to_timestamp", "make_timestamp", "make_timestamptz"}
 )
 _DAYS = frozenset({"date", "to_date", "make_date"})
+_CLOCKS = _names(
+    """
+    now current_timestamp current_time current_date localtimestamp localtime transaction_timestamp
+    statement_timestamp
+    """
+)
+"""Functions with one value for all rows of a statement, on one server."""
 
 
 def storage_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
@@ -129,15 +136,38 @@ def group_family(expression: ColumnElement[Any], clause: str = "GROUP BY") -> Fa
         clause: to blame, as SQL words.
 
     Raises:
-        CrossShardRefused: equal values of its type may not be equal in Python.
+        CrossShardRefused: equal values of its type may not be equal in Python, or those of one
+            server are not equal on two.
     """
+    check_clock(expression, clause)
     stored = storage_type(expression.type)
     if isinstance(stored, types.Enum):
-        return Family.TEXT
+        return Family.LABEL if stored.native_enum else Family.TEXT
     collation = getattr(stored, "collation", None)
     if collation is not None and _KNOWN_COLLATION.fullmatch(collation) is None:
         raise _refused(expression, clause, f"collation {collation} may take unlike texts for equal")
     return _family(expression, stored, clause)
+
+
+def check_clock(expression: ColumnElement[Any], clause: str) -> None:
+    """Refuse what has the time of each shard in it, where rows of several are compared by it.
+
+    Whether something was before that time is a fact of a row, as it is in WHERE.
+
+    Raises:
+        CrossShardRefused: says how to have one time for all.
+    """
+    pending: list[Any] = [expression]
+    while pending:
+        part = pending.pop()
+        if is_source(part) or isinstance(getattr(part, "type", None), types.Boolean):
+            continue
+        name = str(getattr(part, "name", "")).lower()
+        if isinstance(part, FunctionElement) and name in _CLOCKS:
+            raise CrossShardRefused(
+                clause, f"{name}() is another time on each shard; pass the time as a parameter"
+            )
+        pending.extend(part.get_children())
 
 
 def list_family(expression: ColumnElement[Any], clause: str) -> Family:
@@ -160,9 +190,12 @@ def has_rank(expression: ColumnElement[Any]) -> bool:
 
 
 def is_moment_column(expression: ColumnElement[Any]) -> bool:
-    """Say whether an expression is a column of dates or timestamps, some of which are infinite."""
+    """Say whether an expression is a column of moments that Python may have no values for.
+
+    Some dates and timestamps are infinite, and a day ends at the time 24:00.
+    """
     stored = storage_type(expression.type)
-    is_moment = isinstance(stored, types.Date | types.DateTime)
+    is_moment = isinstance(stored, types.Date | types.DateTime | types.Time)
     return is_moment and isinstance(bare(expression), ColumnClause)
 
 

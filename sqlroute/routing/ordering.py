@@ -36,6 +36,7 @@ class Family(Enum):
     UUID = "uuid"
     BYTES = "bytea"
     TEXT = "text"
+    LABEL = "enum"  # told apart by it only: its order is that of a rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,6 +261,7 @@ class Planner:
         """
         # the largest part, if ever needed
         from sqlroute.routing.merge import MergeSpec
+        from sqlroute.routing.relationships import in_order_of_collection
         from sqlroute.routing.rewrite import Rewritten, analyse, rewritten
 
         shape, statement = described.shape, described.statement
@@ -268,6 +269,7 @@ class Planner:
             return Rewritten(statement, MergeSpec()), found._replace(merge=MergeSpec().describe())
         parameters = described.parameters
         given = parameters if isinstance(parameters, Mapping) else None
+        statement = in_order_of_collection(statement)
         try:
             if shape.merge is None or shape.code_points != code_points:
                 shape.merge = analyse(statement, text_order_is_code_point=code_points)

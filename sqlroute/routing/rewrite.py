@@ -46,7 +46,7 @@ from sqlroute.routing.places import (
     sort_value_at,
 )
 from sqlroute.routing.selection import sources
-from sqlroute.routing.shapes import Hidden, MergeShape, OrderClause, ValuePlace
+from sqlroute.routing.shapes import HIDDEN, Hidden, MergeShape, OrderClause, ValuePlace
 from sqlroute.routing.unions import union_shape
 
 _INTEGER_MAX = 2**31 - 1  # SQLAlchemy casts the bind parameter of LIMIT to integer
@@ -101,7 +101,11 @@ def analyse(
         shape = union_shape(statement, text_order_is_code_point, scalar_functions)
         return _with_bounds(statement, shape)
     if not isinstance(statement, Select):
-        raise CrossShardRefused(type(statement).__name__, "only a SELECT is merged")
+        raise CrossShardRefused(
+            type(statement).__name__,
+            "only a SELECT is merged; instead of from_statement() select the entity itself, or an "
+            "alias of it over a subquery",
+        )
     _check_clauses(statement)
     _check_bounds(statement)
     shape = shape_of(statement, text_order_is_code_point, scalar_functions)
@@ -247,7 +251,7 @@ def _ungrouped(statement: AnySelect, shape: MergeShape) -> AnySelect:
 
 def _hidden_columns(statement: AnySelect, shape: MergeShape) -> list[Label[Any]]:
     return [
-        _hidden_column(statement, hidden).label(f"sqlroute_{number}")
+        _hidden_column(statement, hidden).label(f"{HIDDEN}{number}")
         for number, hidden in enumerate(shape.hidden, 1)
     ]
 

@@ -23,6 +23,7 @@ from sqlalchemy.sql.selectable import FromClause
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.aggregates import Form, check_scalar
 from sqlroute.routing.families import (
+    check_clock,
     has_rank,
     is_loaded_as_stored,
     is_moment_column,
@@ -114,6 +115,7 @@ class Selection:
             CrossShardRefused: Python cannot order its values as PostgreSQL does.
         """
         slot, place, expression = found
+        check_clock(expression, clause)
         if has_rank(expression):
             meaning = f"the shards define the enum of {words(expression)} differently"
             self.alike.append((self.hide(place, Form.LABELS), meaning))

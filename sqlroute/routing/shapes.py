@@ -14,6 +14,9 @@ from sqlroute.routing.merge import Grouping, GroupKey, describe_steps
 from sqlroute.routing.ordering import Family, SortTerm
 from sqlroute.routing.places import Place
 
+HIDDEN = "sqlroute_"
+"""How the names of the columns begin that shards add, before their number from 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hidden:

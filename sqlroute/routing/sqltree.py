@@ -42,7 +42,7 @@ from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.sql.visitors import InternalTraversal
 
 from sqlroute.errors import UnknownName
-from sqlroute.routing.declare import kind_of, reference_table, sharded_by
+from sqlroute.routing.declare import kind_of, only_of, reference_table, sharded_by
 from sqlroute.routing.hashing import KeyKind
 from sqlroute.routing.sqlclauses import aggregates_outside, why_not_row_by_row
 from sqlroute.routing.sqlvalues import Node, ReadAs, array, constant, read, type_of
@@ -313,6 +313,8 @@ class Tree:
     def _table_item(self, node: Node, *, is_target: bool = False) -> _From:
         self.followed.add(id(node))
         info = self.info(node)
+        if info.role is Role.SHARDED and "inh" not in node:
+            raise only_of(info.name)
         table: Any = self.table(info)
         element = table if is_target else table.alias()
         columns = {

@@ -31,6 +31,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.schema import Sequence, Table
 from sqlalchemy.sql.selectable import (
+    AliasedReturnsRows,
     CompoundSelect,
     Select,
     SelectBase,
@@ -40,7 +41,14 @@ from sqlalchemy.sql.selectable import (
 
 from sqlroute.errors import CrossShardRefused, UndeclaredTable
 from sqlroute.routing.blocks import Occurrence, Query, extra_froms, occurrences
-from sqlroute.routing.declare import Reference, Sharded, ShardKey, declaration, shard_key
+from sqlroute.routing.declare import (
+    Reference,
+    Sharded,
+    ShardKey,
+    declaration,
+    only_of,
+    shard_key,
+)
 from sqlroute.routing.functions import BUILT_IN, SEQUENCES, FunctionName, Functions, judge
 from sqlroute.routing.keys import Bind, reference_dialect
 from sqlroute.routing.sqlfacts import (
@@ -131,7 +139,8 @@ def describe(statement: Any, topology: Topology, functions: Functions = BUILT_IN
 
     Raises:
         UndeclaredTable: a table of a keyspace with several shards declares nothing.
-        CrossShardRefused: a reference table is written by what one shard alone would run.
+        CrossShardRefused: a reference table is written by what one shard alone would run, or
+            ``ONLY`` leaves out the partitions that hold the rows of a sharded table.
         PlanError: tables of two keyspaces in one statement.
     """
     if isinstance(statement, Sequence):
@@ -186,6 +195,7 @@ def _describe(core: Any, facts: _Facts, keyspace: Keyspace) -> Statement:
                 "sqlroute.sharded_by(...) or sqlroute.reference_table() in __table_args__"
             )
     _check_reference_writes(target, facts)
+    _check_partitions_are_read(facts)
     if facts.hidden or (kind is Kind.UNKNOWN and not tables):
         placement = Placement.UNPLACED
         reasons = tuple(dict.fromkeys((*facts.hidden, *reasons)))
@@ -229,6 +239,20 @@ def _check_reference_writes(target: Table | None, facts: _Facts) -> None:
                 f"reference table {table.fullname} is written on every shard from rows that one "
                 "shard holds; read the rows first, then write them",
             )
+
+
+def _check_partitions_are_read(facts: _Facts) -> None:
+    """Refuse ``ONLY`` of a sharded table, which would find no row.
+
+    Raises:
+        CrossShardRefused: says so.
+    """
+    for source in facts.only:
+        table = source
+        while isinstance(table, AliasedReturnsRows):
+            table = table.element
+        if isinstance(table, Table) and _is_sharded(_plain(table)):
+            raise only_of(table.fullname)
 
 
 def _is_sharded(table: Table) -> bool:
@@ -305,6 +329,7 @@ class _Facts:
         written: the target of each INSERT, UPDATE and DELETE.
         writes, unknown: why it is no read, or not proved to be one.
         hidden: what may read tables that nobody sees.
+        only: what is read or written without its partitions.
         sets: it changes a setting of its connection.
         is_text: some of it is text that may read tables.
         readers: of text that is more than a part of expressions, by its identity.
@@ -317,6 +342,7 @@ class _Facts:
     unknown: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     calls: list[FunctionName] = field(default_factory=list)
+    only: list[Any] = field(default_factory=list)
     sets: bool = False
     is_text: bool = False
     readers: dict[int, Callable[[str], TextFacts]] = field(default_factory=dict)
@@ -390,6 +416,12 @@ def _note_select(element: Select[Any], facts: _Facts) -> None:
         _hide("a suffix or hint is text", facts)
     for prefix, _ in element._prefixes:
         _note_text(getattr(prefix, "text", "()"), facts)
+    _note_hints(element, facts)
+
+
+def _note_hints(element: Any, facts: _Facts) -> None:
+    hints: Mapping[tuple[Any, str], str] = getattr(element, "_hints", {})
+    facts.only += [source for (source, _), hint in hints.items() if hint.upper() == "ONLY"]
 
 
 def _note_lock(element: Select[Any] | CompoundSelect[Any], facts: _Facts) -> None:
@@ -431,6 +463,7 @@ def _note_dml(element: UpdateBase, facts: _Facts) -> None:
     if isinstance(table, Table):
         facts.tables.add(_plain(table))
         facts.written.add(_plain(table))
+    _note_hints(element, facts)
 
 
 def _note_function(element: FunctionElement[Any], facts: _Facts) -> None:

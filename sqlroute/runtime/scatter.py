@@ -138,7 +138,7 @@ class _Hub:
                 continue
             if not ready and self._error is None:
                 late = [branch.name for branch in self._branches if branch in self._waiting]
-                self._fail(_late(late, self._timeout))
+                self._fail(too_late(late, self._timeout))
             for key, events in ready:
                 self._selector.unregister(key.fileobj)
                 self._waiting.remove(key.data)
@@ -152,7 +152,7 @@ class _Hub:
         try:
             found = branch.switch(*events)
         except BaseException as error:  # raised by run() when all have ended
-            _locate(error, branch.name)
+            locate(error, branch.name)
             if self._error is None and self._spares(error):
                 self._results[branch] = error
             else:
@@ -184,7 +184,7 @@ class _Abandoned(Exception):
     """Thrown into a branch whose result nobody waits for any more."""
 
 
-def _locate(error: BaseException, name: str) -> None:
+def locate(error: BaseException, name: str) -> None:
     """Have an error say where it comes from; SQLAlchemy's own in its text."""
     if isinstance(error, StatementError):
         error.add_detail(f"on {name}")
@@ -192,7 +192,7 @@ def _locate(error: BaseException, name: str) -> None:
         error.add_note(f"on {name}")
 
 
-def _late(names: Sequence[str], timeout: float) -> DeadlineExceeded:
+def too_late(names: Sequence[str], timeout: float) -> DeadlineExceeded:
     return DeadlineExceeded(
         f"no answer within {timeout:g} s from {', '.join(names)}; raise scatter_timeout, or the "
         "session's deadline, or restrict the statement"
@@ -261,12 +261,12 @@ async def _gather(works: Sequence[Work], timeout: float, spares: Spares) -> list
             for task in done:
                 error = task.exception()
                 if error is not None:
-                    _locate(error, task.get_name())
+                    locate(error, task.get_name())
                     if not spares(error):
                         raise error
             if not done:
                 break
-        late = _late([task.get_name() for task in tasks if task in pending], timeout)
+        late = too_late([task.get_name() for task in tasks if task in pending], timeout)
         if pending and not spares(late):
             raise late
         return [late if task in pending else task.exception() or task.result() for task in tasks]

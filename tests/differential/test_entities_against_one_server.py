@@ -33,6 +33,20 @@ class City(Base):
     id: orm.Mapped[int] = orm.mapped_column(primary_key=True, autoincrement=False)
     name: orm.Mapped[str]
 
+    people: orm.Mapped[list[Person]] = orm.relationship(
+        primaryjoin="City.id == foreign(Person.city_id)",
+        order_by="Person.age.desc(), Person.id",
+        viewonly=True,
+    )
+
+
+class Capital(City):
+    __tablename__ = "e_capital"
+    __table_args__ = reference_table()
+
+    id: orm.Mapped[int] = orm.mapped_column(sa.ForeignKey("e_city.id"), primary_key=True)
+    seat: orm.Mapped[str]
+
 
 class Person(Base):
     __tablename__ = "e_person"
@@ -268,6 +282,10 @@ ASKS: dict[str, Callable[[Any], Any]] = {
         s.query(P).with_entities(P.name).distinct().order_by(P.name).all()
     ),
     "Query.exists": lambda s: s.query(s.query(P).filter(P.age == 4).exists()).scalar(),
+    "Query.exists, of none": lambda s: [
+        s.query(asked.exists()).scalar()
+        for asked in (s.query(P).filter(P.age > 4), s.query(P).join(P.pets).filter(Pet.n == 2))
+    ],
     "Query.count": lambda s: s.query(P).count(),
     "Query.scalar": lambda s: s.query(func.max(P.age)).scalar(),
     "yield_per": lambda s: list(s.query(P).order_by(P.id).yield_per(4)),
@@ -276,9 +294,58 @@ ASKS: dict[str, Callable[[Any], Any]] = {
     ),
 }
 
+cities = select(City).order_by(City.id)
+cities_of_people = cities.join(City.people)
+
+
+def people_of(statement: Any) -> Callable[[Any], Any]:
+    return lambda s: [[city.name, city.people] for city in s.scalars(statement).unique()]
+
+
+def changed_by_update(session: Any) -> Any:
+    people = session.scalars(people_in_order.options(orm.joinedload(P.city))).all()
+    session.execute(sa.update(City).where(City.id == 1).values(name="Lima"))
+    return people
+
+
+def merged_into(session: Any) -> Any:
+    people = session.scalars(people_in_order.options(orm.joinedload(P.city))).all()
+    session.merge(City(id=1, name="Lima"))
+    return people
+
+
+def one_object_for_each_city(session: Any) -> Any:
+    """Loaded by joins on both shards, lazily, by key, and after all was forgotten."""
+    met = []
+    for options in (orm.joinedload(P.city), orm.lazyload(P.city)):
+        people = session.scalars(people_in_order.options(options)).all()
+        cities = {id(person.city) for person in people if person.city is not None}
+        met += [len(cities), session.get(City, 1) in {person.city for person in people}]
+        session.expunge_all()
+    return met
+
+
+ASKS |= {
+    "reference entities, unique": rows(cities_of_people),
+    "reference entities beside columns, unique": rows(
+        select(City, P.age).join(City.people).order_by(City.id, P.age)
+    ),
+    "collections of reference entities": people_of(cities),
+    "their selectin collections": people_of(cities.options(orm.selectinload(City.people))),
+    "their subquery collections": people_of(cities.options(orm.subqueryload(City.people))),
+    "one object for each row of a reference table": one_object_for_each_city,
+    "reference objects after an UPDATE": changed_by_update,
+    "reference objects after merge()": merged_into,
+}
+
 REFUSED: dict[str, Callable[[Any], Any]] = {
+    "contains_eager of a reference entity": people_of(
+        cities_of_people.options(orm.contains_eager(City.people))
+    ),
+    "inner joinedload of a reference entity": people_of(
+        cities.options(orm.joinedload(City.people, innerjoin=True))
+    ),
     "subquery collections, limited": ASKS.pop("subquery collections, limited"),
-    "Query.exists": ASKS.pop("Query.exists"),
     "pets of another": rows(select(P, other).where(P.age == other.age)),
     "a window over all": rows(select(P.id, func.rank().over(order_by=P.age))),
 }
@@ -316,3 +383,23 @@ def test_objects_of_a_merge_go_home_when_they_are_written(sides: Sides) -> None:
         session.rollback()
 
     assert sorted(names) == ["first", "last"]
+
+
+def test_an_entity_of_two_reference_tables_is_deleted_on_every_shard(sides: Sides) -> None:
+    """The child's row before its parent's, which it refers to."""
+    router, _ = sides
+    with router.sessionmaker()() as session:
+        session.add(Capital(id=9, name="Bern", seat="Bundeshaus"))
+        session.commit()
+        session.delete(session.get_one(Capital, 9))
+        session.commit()
+        left = [
+            session.scalar(
+                select(func.count()).select_from(entity).where(entity.id == 9),
+                execution_options={"sqlroute_shard": shard},
+            )
+            for entity in (City, Capital)
+            for shard in ("s0", "s1")
+        ]
+
+    assert left == [0, 0, 0, 0]

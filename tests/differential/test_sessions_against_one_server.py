@@ -228,6 +228,12 @@ def joined(draw: st.DrawFn) -> Query:
         select(func.count()).select_from(select(User.id).where(User.age > 0).subquery()),
         select(func.count()).select_from(select(User.id).limit(3).subquery()),
         select(User.id).where(User.age == select(func.max(User.age)).scalar_subquery()),
+        select(select(User.id).where(condition).exists()),
+        select(~select(Item.n).join(User, on_key).where(condition).exists()),
+        select(select(User.age).group_by(User.age).where(condition).exists().label("any")),
+        select(select(func.max(User.age)).where(condition).exists()),
+        select(select(User.age).group_by(User.age).having(func.count() > 1).exists()),
+        select(select(User.id).where(condition).offset(1).exists()),
     ]
     shape = draw(st.sampled_from(shapes))
     if isinstance(shape, sa.CompoundSelect) or User not in {

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from conftest import Ran, Shop, until
 from models import Customer, Order
-from sqlalchemy import exc, func, select
+from sqlalchemy import exc, func, orm, select
 
 from sqlroute import DeadlineExceeded, Router, RoutingSession
 from sqlroute.local.node import LocalNode
@@ -92,6 +92,20 @@ class TestResults:
         ]
         assert session.scalar(select(func.count()).select_from(Customer)) == 10
         assert session.query(Customer).order_by(Customer.score).first().score == 0  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("options", [{}, {"stream_results": True}], ids=str)
+    def test_unique_loses_no_object_that_nobody_keeps(
+        self, shop: Shop, session: RoutingSession, options: Any
+    ) -> None:
+        """It goes by ``id()``: the second shard's objects must not take the first's places."""
+        rows = [{"id": key, "name": "c"} for key in range(1, 1501)]
+        session.execute(sa.insert(Customer), rows)
+        session.commit()
+
+        everything = select(Customer)
+        for statement in (everything, everything.options(orm.joinedload(Customer.orders))):
+            found = session.scalars(statement, execution_options=options).unique()
+            assert sum(1 for _ in found) == len(rows)
 
     def test_shards_work_at_the_same_time(self, filled: Shop, session: RoutingSession) -> None:
         """Two times 0.2 s take less than 0.35 s, in one of a few tries on a busy machine."""

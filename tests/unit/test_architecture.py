@@ -24,6 +24,7 @@ ORDER = [
     {"catalog"},
     {
         "asking",
+        "columns",
         "coordination",
         "identity",
         "results",

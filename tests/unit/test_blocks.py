@@ -672,3 +672,44 @@ class TestOrm:
 
     def test_update_by_key(self) -> None:
         assert shards(sa.update(Customer).where(Customer.id == 5).values(name="x")) == FIVE
+
+
+class TestExistence:
+    """``SELECT EXISTS (...)`` is asked of each shard, where its rows are those of each."""
+
+    def test_it_goes_to_the_shards_of_its_rows(self) -> None:
+        assert shards(sa.select(sa.select(orders).where(key == 5).exists())) == FIVE
+        assert shards(sa.select(~sa.select(orders).exists())) == EVERY
+        joined = (
+            sa.select(sa.literal_column("1"))
+            .select_from(a)
+            .join(b, a.c.customer_id == b.c.customer_id)
+            .exists()
+        )
+        assert shards(sa.select(joined.label("any")).limit(1)) == EVERY
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            sa.select(sa.func.max(orders.c.total)),
+            sa.select(sa.literal_column("max(total)")).select_from(orders),
+            sa.select(orders.c.total).group_by(orders.c.total).having(sa.func.count() > 1),
+            sa.select(orders).limit(1),
+            sa.select(orders).offset(1),
+            sa.select(a).join(b, a.c.total == b.c.total),
+            sa.select(word).outerjoin(orders, orders.c.total == 1),
+            sa.select(key).union(sa.select(key)),
+        ],
+    )
+    def test_what_one_shard_cannot_say_is_refused(self, rows: Any) -> None:
+        with pytest.raises(CrossShardRefused):
+            shards(sa.select(rows.exists()))
+
+    def test_beside_anything_else_it_is_a_subquery_like_any_other(self) -> None:
+        is_there = sa.select(orders).exists()
+        for statement in (
+            sa.select(is_there, sa.literal(1)),
+            sa.select(is_there).where(is_there),
+            sa.select(sa.cast(is_there, sa.Integer)),
+        ):
+            assert refused(statement) == "subquery"

@@ -430,6 +430,10 @@ REFUSED: list[tuple[Any, str]] = [
     (grouped().having(func.max(F.delay) + 1 > 5), "HAVING"),
     (grouped().having(func.array_agg(F.id) == [1]), "array_agg()"),
     (sa.select(func.count()).having(F.id > 1), "HAVING"),
+    (sa.select(func.current_date() - F.id).distinct(), "DISTINCT"),
+    (sa.select(func.count()).group_by(func.date_trunc("hour", func.now())), "GROUP BY"),
+    (sa.select(F.id).order_by(sa.extract("epoch", func.now()) - F.delay), "ORDER BY"),
+    (sa.union(sa.select(func.localtimestamp()), sa.select(func.now())), "UNION"),
     (sa.select(F.id).fetch(3, with_ties=True), "FETCH"),
     (sa.select(F.id).order_by(F.id).fetch(3, percent=True), "FETCH PERCENT"),
     (sa.select(F.id).limit(sa.literal_column("1 + 1")), "LIMIT"),
@@ -519,6 +523,14 @@ def test_what_has_no_exact_merge_is_refused_by_name(statement: Any, clause: str)
 
     assert caught.value.clause == clause
     assert str(caught.value).startswith(f"{clause}: ")
+
+
+def test_whether_something_was_before_now_is_a_fact_of_a_row() -> None:
+    """As in WHERE: what is late is counted by the clock of its shard."""
+    is_late = sa.case((sa.func.to_timestamp(F.delay) < func.now(), "late"), else_="in time")
+    statement = sa.select(func.count()).select_from(F).group_by(is_late)
+
+    assert analyse(statement, text_order_is_code_point=True).grouping is not None
 
 
 def test_a_refusal_names_the_expression_its_type_and_the_way_out() -> None:

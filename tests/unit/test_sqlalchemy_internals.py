@@ -216,6 +216,25 @@ def test_results_can_be_made_of_rows() -> None:
     assert hasattr(result._metadata, "_reduce")
 
 
+def test_a_session_makes_its_identity_map_in_two_places() -> None:
+    """Where :class:`sqlroute.identity.OfAllShards` takes its place."""
+    from sqlalchemy.orm import session
+
+    made = "self.identity_map = identity._WeakInstanceDict()"
+    assert inspect.getsource(session).count("self.identity_map = ") == 2
+    for method in (session.Session.__init__, session.Session.expunge_all):
+        assert made in inspect.getsource(method)
+
+
+def test_relationships_come_with_what_orders_their_subquery_load() -> None:
+    """Which :mod:`sqlroute.routing.relationships` reads."""
+    from sqlalchemy.orm import strategies
+
+    source = inspect.getsource(strategies._SubqueryLoader._setup_outermost_orderby)
+    assert "compile_context.eager_order_by +=" in source
+    assert "_setup_outermost_orderby, self.parent_property" in source
+
+
 def test_loading_asks_the_identity_map_in_two_ways() -> None:
     """Where :class:`sqlroute.identity.ByKey` fills in the shard of an object."""
     from sqlalchemy.orm import loading

@@ -484,6 +484,8 @@ def test_what_excludes_every_row_is_still_asked_of_one_shard() -> None:
         ("SELECT nextval('x')", CrossShardRefused),
         ("SELECT * INTO copy FROM flights WHERE tailnum = 'N1'", CrossShardRefused),
         ("SELECT * FROM busy", CrossShardRefused),
+        ("SELECT * FROM ONLY flights", CrossShardRefused),
+        ("DELETE FROM ONLY flights WHERE tailnum = 'N1'", CrossShardRefused),
         ("SET x = 1", CrossShardRefused),
     ],
 )

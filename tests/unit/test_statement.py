@@ -47,6 +47,21 @@ def describe_many(statement: Any) -> Statement:
     return describe(statement, MANY)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        sa.select(Customer).with_hint(Customer, "ONLY", "postgresql"),
+        sa.select(Order).where(Order.customer_id == 1).with_hint(Order.__table__, "only"),
+        sa.select(sa.select(Customer.id).with_hint(Customer, "ONLY").subquery()),
+        sa.delete(Customer).where(Customer.id == 1).with_hint("ONLY"),
+    ],
+)
+def test_a_sharded_table_is_not_read_without_its_partitions(statement: Any) -> None:
+    """PostgreSQL would find no row, and a plain table has them all."""
+    with pytest.raises(CrossShardRefused, match=r"ONLY: (customer|orders) is sharded"):
+        describe_many(statement)
+
+
 class TestKind:
     """What cannot be proved to be a read is not one."""
 
