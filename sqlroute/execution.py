@@ -87,6 +87,10 @@ NOT_ON_A_STANDBY = frozenset({"25006", "0A000", "55000"})
 A write; an unlogged table, of which it has no rows; a function of primaries.
 """
 
+COLUMNS_AHEAD = 2
+"""Batches that the shards of a stream share where no objects are made of it: each fetch is a round
+trip, and rows are light. Of twice as many Python's garbage collector would begin to walk them."""
+
 MAX_ROW_BUFFER = 1_000
 """SQLAlchemy's default of rows that a stream without ``yield_per`` fetches at a time."""
 
@@ -582,6 +586,7 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if call.is_streaming:  # the shards share a batch: no more rows are held than by one server's
         size = call.batch
         option, whole = ("yield_per", size) if size else ("max_row_buffer", _buffer(call.options))
+        whole *= 1 if described.shape.reads_entities else COLUMNS_AHEAD
         share = max(1, whole // len(found.targets))
         call.local = {**call.local, option: share}
     most, statement = session._router.policy.max_scatter_rows, rewritten.statement
