@@ -7,7 +7,7 @@ door it came through, and the one way back into SQLAlchemy's own execution.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -86,10 +86,6 @@ NOT_ON_A_STANDBY = frozenset({"25006", "0A000", "55000"})
 
 A write; an unlogged table, of which it has no rows; a function of primaries.
 """
-
-COLUMNS_AHEAD = 2
-"""Batches that the shards of a stream share where no objects are made of it: each fetch is a round
-trip, and rows are light. Of twice as many Python's garbage collector would begin to walk them."""
 
 MAX_ROW_BUFFER = 1_000
 """SQLAlchemy's default of rows that a stream without ``yield_per`` fetches at a time."""
@@ -586,7 +582,6 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if call.is_streaming:  # the shards share a batch: no more rows are held than by one server's
         size = call.batch
         option, whole = ("yield_per", size) if size else ("max_row_buffer", _buffer(call.options))
-        whole *= 1 if described.shape.reads_entities else COLUMNS_AHEAD
         share = max(1, whole // len(found.targets))
         call.local = {**call.local, option: share}
     most, statement = session._router.policy.max_scatter_rows, rewritten.statement
@@ -609,7 +604,7 @@ def _scatter(call: Call, described: Described, found: Plan, options: Mapping[str
     if call.is_streaming:
         for result, name in zip(results, names, strict=True):
             time_fetches(result, name, partial(_time_left, session))
-        return streamed(results, rewritten, names, size, share)
+        return streamed(results, rewritten, names, size, share, partial(_fetch, session, names))
     if most:
         check_rows(results, most)
     return merged(results, rewritten, names)
@@ -660,6 +655,17 @@ def _run(session: RoutingMixin, works: list[Work], spares: Spares) -> list[Any]:
     if session._routes.is_async:
         return scatter_async(works, timeout, spares)
     return scatter(works, timeout, spares)
+
+
+def _fetch(
+    session: RoutingMixin, names: Sequence[str], fills: Mapping[int, Callable[[], None]]
+) -> None:
+    """Fetch rows of a stream from one shard, or from several at the same time."""
+    if len(fills) == 1:
+        (fill,) = fills.values()
+        fill()
+    else:
+        _run(session, [(names[index], fill) for index, fill in fills.items()], none_spared)
 
 
 def _is_absence(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from sqlalchemy.engine.result import ChunkedIteratorResult, SimpleResultMetaData
 
 from sqlroute.errors import TooManyRows
 from sqlroute.identity import tokens_by_key
-from sqlroute.routing.interleaving import BLOCK
+from sqlroute.routing.interleaving import Read
 from sqlroute.runtime.fetching import TimedCursor
 from sqlroute.runtime.scatter import locate
 
@@ -33,8 +33,10 @@ def merged(
     Args:
         names: of the shards and nodes, for the errors of reading their rows.
     """
-    parts = _parts(results, rewritten, names)
-    rows = _merged(results[0], parts, rewritten.spec)
+    from sqlroute.routing.merge import merge
+
+    parts, spec = _parts(results, rewritten, names), rewritten.spec
+    rows = _held(parts, spec) if _has_objects(results[0]) else merge(parts, spec)
     return _answer(results[0], rewritten, rows)
 
 
@@ -71,6 +73,7 @@ def streamed(
     names: Sequence[str],
     size: int | None,
     share: int,
+    read: Read,
 ) -> Result[Any]:
     """Return the merged result of server-side cursors, which reads them as it is read.
 
@@ -78,13 +81,17 @@ def streamed(
 
     Args:
         size: rows that ``partitions()`` gives at a time, as the caller wished.
-        share: rows that are fetched from each shard at a time, and held.
+        share: rows that are fetched from each shard at a time.
+        read: fetches them from several shards at the same time.
     """
     from sqlroute.routing.merge import merge
 
     cursors = _Cursors(results)
     parts, spec = _parts(results, rewritten, names), rewritten.spec
-    rows = merge(parts, spec, share) if size else _merged(results[0], parts, spec, share)
+    if _has_objects(results[0]):  # to make one may take statements: not two at once in a session
+        rows = merge(parts, spec, share) if size else _held(parts, spec)
+    else:
+        rows = merge(parts, spec, share, read)
     answer = _answer(results[0], rewritten, cursors.closed_after(rows))
     answer.raw = cursors  # type: ignore[assignment]  # what SQLAlchemy asks of it, it has
     answer._yield_per = size
@@ -167,22 +174,16 @@ class _Cursors:
         self.close()
 
 
-def _merged(
-    first: Result[Any], parts: Sequence[Iterable[Any]], spec: MergeSpec, block: int = BLOCK
-) -> Iterator[Any]:
-    """Return the merged rows; where they have objects, all of these live until the last row.
+def _has_objects(first: Result[Any]) -> bool:
+    return bool(first._attributes.get("filtered"))  # SQLAlchemy's word for it
+
+
+def _held(parts: Sequence[Iterable[Any]], spec: MergeSpec) -> Iterator[Any]:
+    """Return the merged rows; the objects in them all live until the last row.
 
     ``unique()`` tells objects apart by ``id()``, which a new one takes over from one that is gone.
     The rows of one server become objects all at once, and live as long as its result is read.
     """
-    from sqlroute.routing.merge import merge
-
-    if first._attributes.get("filtered"):  # SQLAlchemy's word for rows that have objects
-        return _held(parts, spec)
-    return merge(parts, spec, block)
-
-
-def _held(parts: Sequence[Iterable[Any]], spec: MergeSpec) -> Iterator[Any]:
     from sqlroute.routing.merge import merge
 
     held = [list(part) for part in parts]

@@ -2,13 +2,15 @@
 
 The heap of a textbook compares and moves each row by Python code. Here each part gives a block of
 rows at a time, and of all blocks what surely comes before everything unread is sorted at once:
-``sorted`` finds the runs that are there already, and merges them in C.
+``sorted`` finds the runs that are there already, and merges them in C. Parts whose blocks come to
+their end at about the same time are read together, so that servers may work at the same time.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -18,22 +20,44 @@ BLOCK = 250
 """Rows that are taken from a part at a time."""
 
 
+Read = Callable[[Mapping[int, Callable[[], None]]], object]
+"""Calls functions that each read a block of the part of that index; in any order, or at once."""
+
+
+def one_by_one(fills: Mapping[int, Callable[[], None]]) -> None:
+    """Read a block of each part, one after the other."""
+    for fill in fills.values():
+        fill()
+
+
 def in_order(
-    parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int = BLOCK
+    parts: Sequence[Iterable[Any]],
+    keys_of: BlockKey,
+    block: int = BLOCK,
+    read: Read = one_by_one,
 ) -> Iterator[Any]:
     """Return the rows of all parts in order; ties come in the order of the parts.
 
     Args:
         parts: rows, sorted by their keys.
         keys_of: the keys of some rows.
-        block: rows that are held of each part at a time.
+        block: rows that are read of each part at a time; up to half as many may be left before.
+        read: reads of all parts that need it.
     """
-    return chain.from_iterable(_runs(parts, keys_of, block))
+    return chain.from_iterable(_runs(parts, keys_of, block, read))
 
 
-def _runs(parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int) -> Iterator[Iterator[Any]]:
-    heads = [head for part in parts if (head := _Head(part, keys_of, block)).fill()]
-    while heads:
+def _runs(
+    parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int, read: Read
+) -> Iterator[Iterator[Any]]:
+    every = [_Head(part, keys_of) for part in parts]
+    while True:
+        if not all(head.left or head.is_over for head in every):
+            low = (i for i, head in enumerate(every) if head.left <= block // 2)
+            read({i: partial(every[i].fill, block) for i in low if not every[i].is_over})
+        heads = [head for head in every if head.left]
+        if not heads:
+            return
         bound = min(head.keys[-1] for head in heads)
         rows: list[Any] = []
         keys: list[Any] = []
@@ -47,28 +71,34 @@ def _runs(parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int) -> Iter
             keys += head.keys[head.start : end]
             head.start = end
         yield map(rows.__getitem__, sorted(range(len(keys)), key=keys.__getitem__))
-        heads = [head for head in heads if head.start < len(head.keys) or head.fill()]
 
 
 class _Head:
-    """A part of which one block has been read.
+    """What has been read of a part, and not been taken.
 
     Attributes:
-        rows, keys: of the block.
+        rows, keys: that were read last.
         start: how many of them were taken.
+        is_over: there are no more.
     """
 
-    __slots__ = ("_block", "_keys_of", "_rows", "keys", "rows", "start")
+    __slots__ = ("_keys_of", "_rows", "is_over", "keys", "rows", "start")
 
-    def __init__(self, part: Iterable[Any], keys_of: BlockKey, block: int) -> None:
-        self._rows, self._keys_of, self._block = iter(part), keys_of, block
+    def __init__(self, part: Iterable[Any], keys_of: BlockKey) -> None:
+        self._rows, self._keys_of = iter(part), keys_of
         self.rows: list[Any] = []
         self.keys: list[Any] = []
         self.start = 0
+        self.is_over = False
 
-    def fill(self) -> bool:
-        """Read the next block; say if there was one."""
-        self.rows = list(islice(self._rows, self._block))
-        self.keys = self._keys_of(self.rows)
+    @property
+    def left(self) -> int:
+        return len(self.keys) - self.start
+
+    def fill(self, block: int) -> None:
+        """Read the next block."""
+        rows = list(islice(self._rows, block))
+        self.is_over = len(rows) < block
+        self.rows = self.rows[self.start :] + rows
+        self.keys = self.keys[self.start :] + self._keys_of(rows)
         self.start = 0
-        return bool(self.rows)

@@ -18,7 +18,7 @@ from typing import Any
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.combining import Aggregate, Conversion, Row, State, combiner, finisher
 from sqlroute.routing.expressions import Term, Values, evaluate
-from sqlroute.routing.interleaving import BLOCK, in_order
+from sqlroute.routing.interleaving import BLOCK, Read, in_order, one_by_one
 from sqlroute.routing.ordering import Family, RowKey, SortTerm, block_key, encoder, row_key
 
 
@@ -130,14 +130,20 @@ def describe_steps(
     return tuple(steps) or ("shard after shard",)
 
 
-def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec, block: int = BLOCK) -> Iterator[Row]:
+def merge(
+    parts: Sequence[Iterable[Row]],
+    spec: MergeSpec,
+    block: int = BLOCK,
+    read: Read = one_by_one,
+) -> Iterator[Row]:
     """Return the visible rows of the answer, as an iterator that reads the parts as it goes.
 
     Args:
         parts: the rows of each shard, visible then hidden columns; sorted by the shard as
             ``spec.order`` says when there is no grouping. Ties come in the order of the parts.
         spec: from :func:`sqlroute.routing.rewrite.rewritten`.
-        block: rows that are held of each shard at a time.
+        block: rows that are read of each shard at a time.
+        read: reads them, where rows come in order.
 
     Raises:
         CrossShardRefused: while iterating, where PostgreSQL would raise an overflow, or where the
@@ -153,7 +159,8 @@ def merge(parts: Sequence[Iterable[Row]], spec: MergeSpec, block: int = BLOCK) -
     if spec.grouping is not None:
         rows = _grouped(parts, spec.grouping, spec.order, spec.values)
     elif spec.order:
-        rows = in_order(parts, block_key(spec.order), block if stop is None else min(block, stop))
+        block = block if stop is None else min(block, stop)
+        rows = in_order(parts, block_key(spec.order), block, read)
     else:
         rows = chain.from_iterable(parts)
     if spec.distinct is not None:

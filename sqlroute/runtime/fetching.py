@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from greenlet import getcurrent
+
 from sqlroute.errors import DeadlineExceeded
 from sqlroute.runtime.limits import Limit, limited
-from sqlroute.runtime.scatter import too_late
+from sqlroute.runtime.scatter import Branch, too_late
 from sqlroute.runtime.wire import driver_of
 
 
@@ -41,6 +43,8 @@ class TimedCursor:
         return self._fetch(self._cursor.fetchall)
 
     def _fetch(self, fetch: Callable[..., Any], *arguments: Any) -> Any:
+        if isinstance(branch := getcurrent(), Branch):  # several shards at once, by one deadline
+            return branch.call(self._cursor, fetch, *arguments)
         seconds = self._seconds()
         if seconds is None:
             return fetch(*arguments)

@@ -186,10 +186,12 @@ class _Abandoned(Exception):
 
 def locate(error: BaseException, name: str) -> None:
     """Have an error say where it comes from; SQLAlchemy's own in its text."""
+    where = f"on {name}"
     if isinstance(error, StatementError):
-        error.add_detail(f"on {name}")
-    else:
-        error.add_note(f"on {name}")
+        if where not in error.detail:
+            error.add_detail(where)
+    elif where not in getattr(error, "__notes__", ()):
+        error.add_note(where)
 
 
 def too_late(names: Sequence[str], timeout: float) -> DeadlineExceeded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,16 @@ class TestReading:
             held = max(held, len(session.identity_map.values()))
             assert number < ROWS
         assert held <= 2 * 10  # a batch, and the one that is being handed out
+
+    def test_shards_are_read_at_the_same_time(self, filled: Shop, session: RoutingSession) -> None:
+        """As long as one shard would take, where each row takes its time."""
+        slow = sa.cast(func.pg_sleep(0.03), sa.Text)  # volatile: computed after it was sorted
+        statement = select(Customer.score, slow).order_by(Customer.score)
+
+        began = time.monotonic()
+        found = session.execute(statement, execution_options={"yield_per": 20})
+        assert [row.score for row in found] == list(range(ROWS))
+        assert time.monotonic() - began < 0.03 * ROWS * 0.8
 
     @pytest.mark.parametrize("ask", ["statement", "call", "query", "result"])
     def test_every_way_to_ask_for_it(self, filled: Shop, session: RoutingSession, ask: str) -> None:
@@ -190,6 +201,9 @@ class TestAsync:
                         scores += [customer.score for customer in part]
                     assert sizes == [10] * 6
                     assert scores == list(range(ROWS))
+                    columns = select(Customer.score, Customer.name).order_by(Customer.score)
+                    rows = await session.stream(columns, execution_options=BY_TEN)
+                    assert [row.score async for row in rows] == list(range(ROWS))
                     streamed = await session.stream(select(Customer.score).order_by("score"))
                     assert (await streamed.first()) == (0,)
                     early = await session.stream_scalars(ORDERED, execution_options=BY_TEN)
