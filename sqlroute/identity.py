@@ -62,19 +62,22 @@ class OfAllShards(_WeakInstanceDict):
         super().__init__()
         self._written_first = written_first
 
+    # both are called for each row, so they do themselves the little that super() would
+
     def get(self, key: Any, default: Any = None) -> Any:
         """Return the object of a key, whichever shard its row was read from."""
         shard = self._written_first[key[0]]
-        if shard is not None:
-            key = (key[0], key[1], shard)
-        return super().get(key, default)
+        state = self._dict.get(key if shard is None else (key[0], key[1], shard))
+        found = None if state is None else state.obj()
+        return default if found is None else found
 
     def _add_unpresent(self, state: Any, key: Any) -> None:
         shard = self._written_first[key[0]]
         if shard is not None:
             key = (key[0], key[1], shard)
             state.key, state.identity_token = key, shard
-        super()._add_unpresent(state, key)
+        self._dict[key] = state
+        state._instance_dict = self._wr
 
 
 class ByKey(_WeakInstanceDict):

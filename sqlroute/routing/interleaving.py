@@ -24,37 +24,38 @@ Read = Callable[[Mapping[int, Callable[[], None]]], object]
 """Calls functions that each read a block of the part of that index; in any order, or at once."""
 
 
-def one_by_one(fills: Mapping[int, Callable[[], None]]) -> None:
-    """Read a block of each part, one after the other."""
-    for fill in fills.values():
-        fill()
-
-
 def in_order(
     parts: Sequence[Iterable[Any]],
     keys_of: BlockKey,
     block: int = BLOCK,
-    read: Read = one_by_one,
+    read: Read | None = None,
 ) -> Iterator[Any]:
     """Return the rows of all parts in order; ties come in the order of the parts.
 
     Args:
         parts: rows, sorted by their keys.
         keys_of: the keys of some rows.
-        block: rows that are read of each part at a time; up to half as many may be left before.
-        read: reads of all parts that need it.
+        block: rows that are read of each part at a time.
+        read: reads of several parts at once, where up to half a block is left of them; by default
+            each is read when it has run out.
     """
     return chain.from_iterable(_runs(parts, keys_of, block, read))
 
 
 def _runs(
-    parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int, read: Read
+    parts: Sequence[Iterable[Any]], keys_of: BlockKey, block: int, read: Read | None
 ) -> Iterator[Iterator[Any]]:
     every = [_Head(part, keys_of) for part in parts]
+    enough = 0 if read is None else block // 2
     while True:
         if not all(head.left or head.is_over for head in every):
-            low = (i for i, head in enumerate(every) if head.left <= block // 2)
-            read({i: partial(every[i].fill, block) for i in low if not every[i].is_over})
+            low = [i for i, head in enumerate(every) if head.left <= enough and not head.is_over]
+            fills = {i: partial(every[i].fill, block) for i in low}
+            if read is None:
+                for fill in fills.values():
+                    fill()
+            else:
+                read(fills)
         heads = [head for head in every if head.left]
         if not heads:
             return

@@ -18,7 +18,7 @@ from typing import Any
 from sqlroute.errors import CrossShardRefused
 from sqlroute.routing.combining import Aggregate, Conversion, Row, State, combiner, finisher
 from sqlroute.routing.expressions import Term, Values, evaluate
-from sqlroute.routing.interleaving import BLOCK, Read, in_order, one_by_one
+from sqlroute.routing.interleaving import BLOCK, Read, in_order
 from sqlroute.routing.ordering import Family, RowKey, SortTerm, block_key, encoder, row_key
 
 
@@ -134,7 +134,7 @@ def merge(
     parts: Sequence[Iterable[Row]],
     spec: MergeSpec,
     block: int = BLOCK,
-    read: Read = one_by_one,
+    read: Read | None = None,
 ) -> Iterator[Row]:
     """Return the visible rows of the answer, as an iterator that reads the parts as it goes.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from heapq import merge as textbook
 from typing import Any
@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from sqlroute.routing.interleaving import in_order
+from sqlroute.routing.interleaving import Read, in_order
 from sqlroute.routing.ordering import Family, SortTerm, block_key, row_key
 
 VALUES = {
@@ -32,10 +32,16 @@ def orders(draw: st.DrawFn) -> tuple[SortTerm, ...]:
     )
 
 
-@given(st.data(), orders(), st.integers(1, 5))
+def last_first(fills: Mapping[int, Callable[[], None]]) -> None:
+    for index in sorted(fills, reverse=True):
+        fills[index]()
+
+
+@given(st.data(), orders(), st.integers(1, 5), st.sampled_from([None, last_first]))
 def test_the_order_and_the_ties_are_those_of_a_merge_row_by_row(
-    data: st.DataObject, order: tuple[SortTerm, ...], block: int
+    data: st.DataObject, order: tuple[SortTerm, ...], block: int, read: Read | None
 ) -> None:
+    """Whoever reads the parts, in whatever order."""
     row = st.tuples(*(st.sampled_from(VALUES[term.family]) for term in order))
     key = row_key(order)
     parts = [
@@ -43,7 +49,7 @@ def test_the_order_and_the_ties_are_those_of_a_merge_row_by_row(
         for shard, rows in enumerate(data.draw(st.lists(st.lists(row, max_size=12), max_size=4)))
     ]
 
-    found = [row[-1] for row in in_order(parts, block_key(order), block)]
+    found = [row[-1] for row in in_order(parts, block_key(order), block, read)]
 
     assert found == [row[-1] for row in textbook(*parts, key=key)]
 
@@ -74,3 +80,18 @@ def test_a_block_of_each_part_is_held_and_no_more() -> None:
     for taken, (number,) in enumerate(rows):
         assert number == taken
         assert sum(read) - taken <= 2 * 10 + 10  # of the block that is left, and its successor
+
+
+def test_parts_that_run_low_are_read_together() -> None:
+    """So that each is asked for more as often as one of them would be alone."""
+    asked: list[list[int]] = []
+
+    def read(fills: Mapping[int, Callable[[], None]]) -> None:
+        asked.append(list(fills))
+        last_first(fills)
+
+    terms = (SortTerm(0, Family.NUMBER, False, False, "x"),)
+    parts = [[(number,) for number in range(shard, 400, 4)] for shard in range(4)]
+
+    assert len(list(in_order(parts, block_key(terms), 10, read))) == 400
+    assert asked[:10] == [[0, 1, 2, 3]] * 10
