@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,13 @@ def test_every_answer_is_that_of_one_server_or_refused(
     assert report.different == [], lines
     assert report.total == COUNT
     assert report.scattered > COUNT / 2  # else it has proved little
+    unlisted = {reason.partition(":")[0] for reason in report.refused} - listed_clauses()
+    assert not unlisted, "docs/explanation/exactness.md does not say that these are refused"
+
+
+def listed_clauses() -> set[str]:
+    """Return the clauses in the list of what is refused."""
+    page = Path(__file__).parents[2] / "docs" / "explanation" / "exactness.md"
+    table = page.read_text().partition("## What is refused, in one list")[2]
+    rows = (line for line in table.splitlines() if line.startswith("| `"))
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
