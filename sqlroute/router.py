@@ -240,6 +240,7 @@ class Router:
                 self.topology = topology
             self.monitor.set_topology(topology)
             self.readers.forget()
+            self.written_first = WrittenFirst(topology)  # of sessions that begin from now on
             coordinators = topology.coordinators
             self._retired_async += self._engines[True].set_topology(topology)
             self._retired_async += self._coordinators[True].set_topology(coordinators)
