@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import exc as sa_exc
@@ -343,9 +344,9 @@ def merge_of(
     """
     router = session._router
     health = router.health(session._routes)
-    code_points = all(health.of(target.node).orders_by_code_point for target in found.targets)
+    orders = (health.of(target.node).text_order for target in found.targets)
     try:
-        merged = router.planner.merge(described, found, code_points)
+        merged = router.planner.merge(described, found, reduce(and_, orders))
     except CrossShardRefused:
         if described.shape.statement.keyspace.coordinator is None:
             raise

@@ -153,6 +153,31 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class TextOrder:
+    """How a database compares text.
+
+    Attributes:
+        by_code_point: so does its default collation.
+        others: columns of a collation of their own that does not, as ``table.column``.
+        loose: those of them whose collation takes unlike texts for equal.
+    """
+
+    by_code_point: bool = False
+    others: frozenset[str] = frozenset()
+    loose: frozenset[str] = frozenset()
+
+    def __and__(self, other: TextOrder) -> TextOrder:
+        """Return what holds of both."""
+        if self == other:
+            return self
+        return TextOrder(
+            self.by_code_point and other.by_code_point,
+            self.others | other.others,
+            self.loose | other.loose,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What one probe of one node brought back.
 
@@ -173,7 +198,7 @@ class Observation:
         rtt: seconds of the probe's round trip, without connecting.
         epoch: of the shard map in the shard's catalog; None without a catalog.
         version: ``server_version_num``.
-        orders_by_code_point: the database sorts text by code point unless told otherwise.
+        text_order: how the database compares text.
         accepts_writes: a primary on which a plain transaction is not read-only.
         monitors: how many are connected to the node, this one included; 0 if not counted.
         promotion: how many promotions sqlroute has made of the shard, by its catalog; None where
@@ -198,7 +223,7 @@ class Observation:
     rtt: float = 0.0
     epoch: int | None = None
     version: int = 0
-    orders_by_code_point: bool = False
+    text_order: TextOrder = TextOrder()
     accepts_writes: bool = False
     life: int = 0
     started: float = 0.0
@@ -269,7 +294,7 @@ class NodeHealth:
     epoch: int | None = None
     epoch_at: float = NEVER
     version: int = 0
-    orders_by_code_point: bool = False
+    text_order: TextOrder = TextOrder()
     accepts_writes: bool = False
     life: int = 0
     started: float = 0.0
@@ -599,7 +624,7 @@ def _after_success(
         epoch=seen.epoch,
         epoch_at=node.epoch_at if seen.epoch is None else seen.at,
         version=seen.version,
-        orders_by_code_point=seen.orders_by_code_point,
+        text_order=seen.text_order,
         accepts_writes=seen.accepts_writes,
         life=seen.life,
         started=seen.started,

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from sqlalchemy.sql.elements import ColumnClause, ColumnElement
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.aggregates import (
     Form,
     check_grouped,
@@ -46,11 +47,11 @@ Check: TypeAlias = Callable[[Any, str], None]
 """Refuses an expression that looks beyond one shard; takes it and the clause to blame."""
 
 
-def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -> MergeShape:
+def shape_of(statement: AnySelect, text_order: TextOrder, scalars: frozenset[str]) -> MergeShape:
     """Return how statements of this shape merge.
 
     Args:
-        code_points: the collation of the databases orders text by code point.
+        text_order: how the databases compare text.
         scalars: names of the caller's functions known to be no aggregates.
 
     Raises:
@@ -59,7 +60,7 @@ def shape_of(statement: AnySelect, code_points: bool, scalars: frozenset[str]) -
     asked = question(statement)
     if asked is not None:
         return MergeShape(grouping=Grouping((), (_answer(statement, asked),), (), ()))
-    selection = Selection(statement, code_points, scalars)
+    selection = Selection(statement, text_order, scalars)
     check_collections(selection.state)
     _check_columns_without_slot(selection)
     if not _is_grouped(selection):
@@ -238,5 +239,5 @@ def _visible_keys(selection: Selection) -> Iterable[tuple[ColumnElement[Any], Gr
 def _key(selection: Selection, found: Found, clause: str) -> GroupKey:
     expression = found[2]
     is_number = has_number_result(expression)
-    family = Family.NUMBER if is_number else group_family(expression, clause)
+    family = Family.NUMBER if is_number else group_family(expression, selection.text_order, clause)
     return GroupKey(selection.column_of(found), family, words(expression))

@@ -27,6 +27,7 @@ from sqlalchemy.sql.selectable import FromClause, SelectBase
 from sqlalchemy.sql.type_api import TypeDecorator, TypeEngine
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.combining import Conversion
 from sqlroute.routing.keys import reference_dialect
 from sqlroute.routing.ordering import Family
@@ -129,7 +130,9 @@ def is_loaded_as_stored(type_: TypeEngine[Any]) -> bool:
     return is_text or isinstance(type_, plain)
 
 
-def group_family(expression: ColumnElement[Any], clause: str = "GROUP BY") -> Family:
+def group_family(
+    expression: ColumnElement[Any], text_order: TextOrder, clause: str = "GROUP BY"
+) -> Family:
     """Return how values of an expression are told apart.
 
     Args:
@@ -146,7 +149,12 @@ def group_family(expression: ColumnElement[Any], clause: str = "GROUP BY") -> Fa
     collation = getattr(stored, "collation", None)
     if collation is not None and _KNOWN_COLLATION.fullmatch(collation) is None:
         raise _refused(expression, clause, f"collation {collation} may take unlike texts for equal")
-    return _family(expression, stored, clause)
+    family = _family(expression, stored, clause)
+    if family is Family.TEXT and (column := _among(text_order.loose, expression)):
+        raise _refused(
+            expression, clause, f"the collation of {column} may take unlike texts for equal"
+        )
+    return family
 
 
 def check_clock(expression: ColumnElement[Any], clause: str) -> None:
@@ -199,12 +207,11 @@ def is_moment_column(expression: ColumnElement[Any]) -> bool:
     return is_moment and isinstance(bare(expression), ColumnClause)
 
 
-def order_family(expression: ColumnElement[Any], clause: str, code_point_order: bool) -> Family:
+def order_family(expression: ColumnElement[Any], clause: str, text_order: TextOrder) -> Family:
     """Return how values of an expression are ordered.
 
     Args:
         clause: to blame, as SQL words.
-        code_point_order: the database's own collation orders text by code point.
 
     Raises:
         CrossShardRefused: Python cannot order them as PostgreSQL does.
@@ -217,7 +224,7 @@ def order_family(expression: ColumnElement[Any], clause: str, code_point_order: 
     if isinstance(operand, types.CHAR):
         raise _refused(expression, clause, "char(n) ignores trailing blanks; cast it to text")
     family = _family(expression, stored, clause)
-    if family is Family.TEXT and not _is_by_code_point(expression, stored, code_point_order):
+    if family is Family.TEXT and not _is_by_code_point(expression, stored, text_order):
         raise _refused(
             expression, clause, 'its collation does not order by code point; add .collate("C")'
         )
@@ -327,12 +334,14 @@ def _argument_family(argument: Any, clause: str) -> Family | None:
 
 
 def _is_by_code_point(
-    expression: ColumnElement[Any], stored: TypeEngine[Any], code_point_order: bool
+    expression: ColumnElement[Any], stored: TypeEngine[Any], text_order: TextOrder
 ) -> bool:
     top = bare(expression)
     if isinstance(top, BinaryExpression) and top.operator is operators.collate:
         return getattr(top.right, "collation", None) in CODE_POINT_COLLATIONS
-    if code_point_order:
+    if _among(text_order.others, top):
+        return False
+    if text_order.by_code_point:
         return all(name in CODE_POINT_COLLATIONS for name in _collations(top))
     # Elsewhere in an expression a collation may get lost; of a column it is known.
     collation = getattr(stored, "collation", None)
@@ -350,6 +359,25 @@ def _collations(expression: ColumnElement[Any]) -> Iterator[str]:
                 yield collation
             for proxy in part._proxies:
                 yield from _collations(proxy)
+
+
+def _among(columns: frozenset[str], expression: ColumnElement[Any]) -> str:
+    """Return one of these columns that an expression uses, nothing if it uses none.
+
+    A column whose table is not known may be any of its name.
+    """
+    for part in inside(expression) if columns else ():
+        if not isinstance(part, ColumnClause):
+            continue
+        table = getattr(part, "table", None)
+        for name in columns:
+            of_table, _, column = name.rpartition(".")
+            if part.name == column and getattr(table, "name", of_table) == of_table:
+                return name
+        for base in (*part._proxies, *(part.base_columns - {part})):
+            if found := _among(columns, base):
+                return found
+    return ""
 
 
 def _collated(expression: ColumnElement[Any]) -> ColumnElement[Any] | None:

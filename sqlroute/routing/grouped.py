@@ -8,6 +8,7 @@ from sqlalchemy import types
 from sqlalchemy.sql.elements import BindParameter, ColumnElement, TextClause
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.aggregates import (
     Call,
     Form,
@@ -72,7 +73,7 @@ def has_number_result(expression: ColumnElement[Any]) -> bool:
             return False
         if call.kind in _COUNTS or call.kind in REGRESSIONS or call.argument is None:
             return True
-        return order_family(call.argument, call.name, False) is Family.NUMBER
+        return order_family(call.argument, call.name, TextOrder(False)) is Family.NUMBER
     except CrossShardRefused:
         return False
 
@@ -124,7 +125,7 @@ class Groups:
             expression = found[2]
             self.selection.check_scalar(expression, "GROUP BY")
             refuse_text(expression, "GROUP BY")
-            family = group_family(expression)
+            family = group_family(expression, self.selection.text_order)
             column = self.selection.column_of(found)
             self.keys.append((expression, GroupKey(column, family, words(expression))))
 
@@ -218,7 +219,7 @@ class Groups:
             elif is_aggregated(expression):
                 raise CrossShardRefused("DISTINCT", f"{words(expression)} is computed by the merge")
             else:
-                family = group_family(expression, "DISTINCT")
+                family = group_family(expression, self.selection.text_order, "DISTINCT")
                 column = self.selection.column_of((slot, slot.place, expression))
             keys.append(GroupKey(column, family, words(expression)))
         return tuple(keys)
@@ -298,7 +299,7 @@ class Groups:
                 raise CrossShardRefused(call.name, f"ORDER BY {words(term.target)} inside it")
             self.selection.check_scalar(term.target, call.name)
             refuse_text(term.target, call.name)
-            family = order_family(term.target, call.name, self.selection.code_point_order)
+            family = order_family(term.target, call.name, self.selection.text_order)
             column = self.selection.hide(place, Form.SORTED_BY, number)
             terms.append(term.sorted_by(column, family, words(term.target)))
         return terms
@@ -319,7 +320,7 @@ class Groups:
             return self._list_family(call, argument)
         if kind in _BOOLEANS:
             return Family.BOOLEAN
-        family = order_family(argument, call.name, self.selection.code_point_order)
+        family = order_family(argument, call.name, self.selection.text_order)
         if kind in (_KIND.MIN, _KIND.MAX):
             return family
         self._check_number(call, argument, family)
@@ -410,8 +411,8 @@ class _Columns:
             return None
         if not clause:
             return key.column, key.family
-        code_points = self._groups.selection.code_point_order
-        return key.column, order_family(expression, clause, code_points)
+        text_order = self._groups.selection.text_order
+        return key.column, order_family(expression, clause, text_order)
 
     def of_parameter(self, bind: BindParameter[Any], family: Family, text: str) -> int:
         number = next(i for i, found in enumerate(self._parameters) if found is bind)

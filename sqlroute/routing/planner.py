@@ -27,6 +27,7 @@ from sqlroute.errors import (
     TopologyError,
     UnknownName,
 )
+from sqlroute.health import TextOrder
 from sqlroute.routing.coordinated import coordinated
 from sqlroute.routing.functions import BUILT_IN, Functions
 from sqlroute.routing.hashing import KeyKind, bucket_of
@@ -85,7 +86,7 @@ class Shape:
         key: what places every table of it, if it is as simple as that.
         merge: how its answers merge, made when it is first scattered.
         unmerged: why they do not, as (clause, why), if so.
-        code_points: the collation it was made for.
+        text_order: that it was made for.
         functions: what was known when its functions decided its kind, ``None`` if it calls none.
         tables: what was known when SQL text was placed, ``None`` for other statements.
     """
@@ -97,7 +98,7 @@ class Shape:
     key: SimpleKey | None = None
     merge: MergeShape | None = None
     unmerged: tuple[str, str] | None = None
-    code_points: bool = False
+    text_order: TextOrder | None = None
     functions: Functions | None = None
     tables: KnownTables | None = None
 
@@ -250,11 +251,13 @@ class Planner:
             return replace(found, reasons=reasons, is_text=True, untold=untold), {}
         return text.statement, text.constants
 
-    def merge(self, described: Described, found: Plan, code_points: bool) -> tuple[Rewritten, Plan]:
+    def merge(
+        self, described: Described, found: Plan, text_order: TextOrder
+    ) -> tuple[Rewritten, Plan]:
         """Return what every shard is sent with its merge, and the plan that tells of it.
 
         Args:
-            code_points: every shard's default collation orders text by code point.
+            text_order: how the shards' databases compare text.
 
         Raises:
             CrossShardRefused: the answers cannot be merged exactly; names the clause.
@@ -271,9 +274,9 @@ class Planner:
         given = parameters if isinstance(parameters, Mapping) else None
         statement = in_order_of_collection(statement)
         try:
-            if shape.merge is None or shape.code_points != code_points:
-                shape.merge = analyse(statement, text_order_is_code_point=code_points)
-                shape.code_points = code_points
+            if shape.merge is None or shape.text_order != text_order:
+                shape.merge = analyse(statement, text_order=text_order)
+                shape.text_order = text_order
             result = rewritten(statement, shape.merge, given)
         except CrossShardRefused as refused:
             shape.unmerged = refused.clause, refused.why

@@ -32,6 +32,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.aggregates import Form, aggregate_call, partial
 from sqlroute.routing.analysis import shape_of
 from sqlroute.routing.expressions import check_value
@@ -67,7 +68,7 @@ class Rewritten:
 def rewrite(
     statement: AnySelect,
     *,
-    text_order_is_code_point: bool,
+    text_order: TextOrder,
     parameters: Mapping[str, Any] | None = None,
 ) -> Rewritten:
     """Analyse a statement and rewrite it for one execution.
@@ -75,21 +76,21 @@ def rewrite(
     Raises:
         CrossShardRefused: see :func:`analyse`.
     """
-    shape = analyse(statement, text_order_is_code_point=text_order_is_code_point)
+    shape = analyse(statement, text_order=text_order)
     return rewritten(statement, shape, parameters)
 
 
 def analyse(
     statement: SelectBase,
     *,
-    text_order_is_code_point: bool,
+    text_order: TextOrder,
     scalar_functions: frozenset[str] = frozenset(),
 ) -> MergeShape:
     """Return how statements of this shape merge.
 
     Args:
         statement: as the caller wrote it, before the ORM renders it.
-        text_order_is_code_point: the collation of the databases orders text by code point.
+        text_order: how the databases compare text.
         scalar_functions: names of the caller's functions known to be no aggregates
             (``pg_proc.prokind = 'f'``).
 
@@ -98,7 +99,7 @@ def analyse(
     """
     if isinstance(statement, CompoundSelect):
         _check_bounds(statement)
-        shape = union_shape(statement, text_order_is_code_point, scalar_functions)
+        shape = union_shape(statement, text_order, scalar_functions)
         return _with_bounds(statement, shape)
     if not isinstance(statement, Select):
         raise CrossShardRefused(
@@ -108,7 +109,7 @@ def analyse(
         )
     _check_clauses(statement)
     _check_bounds(statement)
-    shape = shape_of(statement, text_order_is_code_point, scalar_functions)
+    shape = shape_of(statement, text_order, scalar_functions)
     shape = _with_bounds(statement, shape)
     if shape.entities and shape.has_limit:
         _check_rows_are_entities(statement)

@@ -21,6 +21,7 @@ from sqlalchemy.sql.schema import Column, Table
 from sqlalchemy.sql.selectable import FromClause
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.aggregates import Form, check_scalar
 from sqlroute.routing.families import (
     check_clock,
@@ -54,15 +55,15 @@ class Selection:
     """What is known of the columns of a statement, and hidden so far.
 
     Args:
-        code_point_order: the collation of the databases orders text by code point.
+        text_order: how the databases compare text.
         scalar_functions: names of the caller's functions known to be no aggregates.
     """
 
     def __init__(
-        self, statement: AnySelect, code_point_order: bool, scalar_functions: frozenset[str]
+        self, statement: AnySelect, text_order: TextOrder, scalar_functions: frozenset[str]
     ) -> None:
         self.statement = statement
-        self.code_point_order = code_point_order
+        self.text_order = text_order
         self.scalar_functions = scalar_functions
         self.state = compile_state(statement)
         self.slots = tuple(slots(statement))
@@ -121,7 +122,7 @@ class Selection:
             self.alike.append((self.hide(place, Form.LABELS), meaning))
             column, family = self.hide(place, Form.RANK), Family.NUMBER
         else:
-            family = order_family(expression, clause, self.code_point_order)
+            family = order_family(expression, clause, self.text_order)
             is_seen = slot is not None and slot.index is not None
             if is_moment_column(expression) and not is_seen:
                 # Python has no infinity and no year before 1, which only has to be sorted by

@@ -12,6 +12,7 @@ from sqlalchemy.sql.elements import ColumnElement, Label, _textual_label_referen
 from sqlalchemy.sql.selectable import CompoundSelect, Select, _CompoundSelectKeyword
 
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.analysis import check_arm
 from sqlroute.routing.families import group_family, is_loaded_as_stored, order_family, words
 from sqlroute.routing.merge import GroupKey
@@ -24,7 +25,7 @@ MERGED = (_CompoundSelectKeyword.UNION, _CompoundSelectKeyword.UNION_ALL)
 
 
 def union_shape(
-    statement: CompoundSelect[Any], code_points: bool, scalars: frozenset[str]
+    statement: CompoundSelect[Any], text_order: TextOrder, scalars: frozenset[str]
 ) -> MergeShape:
     """Return how set operations of this shape merge.
 
@@ -38,8 +39,8 @@ def union_shape(
     for arm in statement.selects:
         if not isinstance(arm, Select):
             raise CrossShardRefused(keyword, f"an arm of it is limited or no SELECT: {words(arm)}")
-        check_arm(Selection(arm, code_points, scalars), keyword, keeps_all=keeps_all)
-    columns = _Columns(statement, code_points, keyword)
+        check_arm(Selection(arm, text_order, scalars), keyword, keeps_all=keeps_all)
+    columns = _Columns(statement, text_order, keyword)
     order = tuple(columns.sort_term(term) for term in order_terms(statement))
     return MergeShape(order=order, distinct=None if keeps_all else columns.distinct())
 
@@ -47,8 +48,8 @@ def union_shape(
 class _Columns:
     """The columns of a set operation, each with its expression in every arm."""
 
-    def __init__(self, statement: CompoundSelect[Any], code_points: bool, keyword: str) -> None:
-        self._code_points = code_points
+    def __init__(self, statement: CompoundSelect[Any], text_order: TextOrder, keyword: str) -> None:
+        self._text_order = text_order
         self._keyword = keyword
         self._first = [*statement.selects[0].selected_columns]
         arms = [[*arm.selected_columns] for arm in statement.selects]
@@ -63,14 +64,15 @@ class _Columns:
     def sort_term(self, term: OrderTerm) -> SortTerm:
         index = self._index(term.target)
         families = {
-            order_family(self._stored(column), "ORDER BY", self._code_points)
+            order_family(self._stored(column), "ORDER BY", self._text_order)
             for column in self._columns[index]
         }
         return term.sorted_by(index, self._only(families, index), words(self._first[index]))
 
     def _key(self, index: int) -> GroupKey:
         families = {
-            group_family(self._stored(column), self._keyword) for column in self._columns[index]
+            group_family(self._stored(column), self._text_order, self._keyword)
+            for column in self._columns[index]
         }
         return GroupKey(index, self._only(families, index), words(self._first[index]))
 

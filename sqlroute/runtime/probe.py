@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlroute.health import Observation, next_count
+from sqlroute.health import Observation, TextOrder, next_count
 from sqlroute.topology import Node
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _lives = itertools.count(1)
 # later) goes by code point, as do C and POSIX, and C.UTF-8 since Debian and glibc 2.35; only in
 # UTF-8 are code points also the order of the bytes. daticulocale became datlocale in 17: the row
 # is read as JSON. lock_timeout: a migration that locks sqlroute.keyspace must not look like a
-# dead server.
+# dead server. Columns may have collations of their own, which a program need not know of.
 _FACTS = """
 SELECT current_setting('server_version_num')::int,
        pg_encoding_to_char(d.encoding) = 'UTF8'
@@ -46,8 +46,18 @@ SELECT current_setting('server_version_num')::int,
        has_function_privilege('pg_control_system()', 'EXECUTE'),
        has_function_privilege('pg_control_recovery()', 'EXECUTE')
        AND has_function_privilege('pg_control_checkpoint()', 'EXECUTE'),
-       set_config('lock_timeout', %s, %s)
-FROM pg_database d WHERE d.datname = current_database()
+       own.others, own.loose, set_config('lock_timeout', %s, %s)
+  FROM pg_database d, (
+       SELECT array_agg(it.name) FILTER (WHERE NOT it.by_code_point) AS others,
+              array_agg(it.name) FILTER (WHERE it.is_loose) AS loose
+         FROM (SELECT c.relname || '.' || a.attname AS name, NOT k.collisdeterministic AS is_loose,
+                      k.collprovider = 'b' OR k.collprovider = 'c' AND k.collcollate
+                      IN ('C', 'POSIX', 'C.UTF-8', 'C.UTF8', 'C.utf8') AS by_code_point
+                 FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+                 JOIN pg_collation k ON k.oid = a.attcollation AND k.collprovider <> 'd'
+                WHERE a.attnum > 0 AND NOT a.attisdropped AND c.oid >= 16384
+                  AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition) it) own
+ WHERE d.datname = current_database()
 """
 
 _IDENTIFIER = "SELECT system_identifier FROM pg_control_system()"
@@ -139,7 +149,7 @@ class _Facts(NamedTuple):
     """What is read once per connection."""
 
     version: int
-    orders_by_code_point: bool
+    text_order: TextOrder
     system_identifier: int
     may_read_control_file: bool
 
@@ -295,7 +305,7 @@ class Probe:
             rtt=rtt,
             epoch=row.epoch,
             version=facts.version,
-            orders_by_code_point=facts.orders_by_code_point,
+            text_order=facts.text_order,
             accepts_writes=not row.standby and row.writable,
             life=self._life,
             started=row.started,
@@ -405,9 +415,10 @@ class Probe:
         self._life = next(_lives)
         self._lock_timeout = f"{max(1, round(deadline * 1000 / 4))}ms"
         row = await _row(connection, _FACTS, (self._lock_timeout, bool(self.node.pooler)))
-        version, by_code_point, may_identify, may_read_control_file, _ = row
+        version, by_code_point, may_identify, may_read_control_file, others, loose, _ = row
+        text_order = TextOrder(by_code_point, frozenset(others or ()), frozenset(loose or ()))
         identifier = (await _row(connection, _IDENTIFIER))[0] if may_identify else 0
-        self._facts = _Facts(version, by_code_point, identifier, may_read_control_file)
+        self._facts = _Facts(version, text_order, identifier, may_read_control_file)
         # The first run of a statement on a connection is planned and fills the server's caches: it
         # takes 20 times as long and would spoil the round-trip time.
         self._until_count = 0

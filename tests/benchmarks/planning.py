@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql
 
-from sqlroute.health import Health, Observation, observe
+from sqlroute.health import Health, Observation, TextOrder, observe
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.balancing import Required, has_replayed
 from sqlroute.routing.plan import Plan, Tier
@@ -105,7 +105,7 @@ class Bench:
             return plan_rows(described, keys, situation, self._rng)
         found = plan(described, situation, self._rng)
         if found.tier is Tier.SCATTER:
-            return self.planner.merge(described, found, code_points=True)
+            return self.planner.merge(described, found, text_order=TextOrder(True))
         return found
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import orm
 
+from sqlroute.health import TextOrder
 from sqlroute.local.node import LocalNode
 from sqlroute.routing.merge import merge
 from sqlroute.routing.rewrite import rewrite
@@ -298,7 +299,7 @@ def test_entities_are_those_of_one_server(judge: Judge, number: int, rows: Any) 
     with whole:
         expected_keys = list(result.keys())
         expected = [told(row) for row in result.unique()]
-    found = rewrite(statement, text_order_is_code_point=False)
+    found = rewrite(statement, text_order=TextOrder(False))
     parts, keys = [], []
     for part in range(PARTS):
         session, result = _orm_rows(judge, found.statement, f"part_{part}")
@@ -317,7 +318,7 @@ def test_entities_are_those_of_one_server(judge: Judge, number: int, rows: Any) 
 
 def test_a_sum_beyond_bigint_is_an_error_as_in_postgres(judge: Judge) -> None:
     statement = sa.select(sa.func.sum(W.whole))
-    found = rewrite(statement, text_order_is_code_point=False)
+    found = rewrite(statement, text_order=TextOrder(False))
 
     with pytest.raises(Exception, match="bigint out of range"):
         list(merge([[(2**62,)], [(2**62,)]], found.spec))
@@ -330,7 +331,7 @@ def test_the_shape_is_compiled_once_for_all_limits(judge: Judge) -> None:
 
     def key_of(limit: int, value: int) -> Any:
         statement = sa.select(W.id).where(W.small > value).order_by(W.text).limit(limit).offset(1)
-        rewritten = rewrite(statement, text_order_is_code_point=False).statement
+        rewritten = rewrite(statement, text_order=TextOrder(False)).statement
         key = rewritten._generate_cache_key()
         assert key is not None
         return key.key

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sqlalchemy import orm
 from sqlalchemy.ext.hybrid import hybrid_property
 
+from sqlroute.health import TextOrder
 from sqlroute.local.node import LocalNode
 from sqlroute.routing.merge import merge
 from sqlroute.routing.rewrite import rewrite
@@ -176,7 +177,7 @@ class Judge:
         return list(result.keys()), list(result)
 
     def merged(self, statement: Any, parameters: Any = None) -> tuple[list[str], list[Any]]:
-        found = rewrite(statement, text_order_is_code_point=False, parameters=parameters)
+        found = rewrite(statement, text_order=TextOrder(False), parameters=parameters)
         parts = [
             self._run(found.statement, f"part_{number}", parameters) for number in range(PARTS)
         ]

@@ -230,3 +230,26 @@ def test_what_is_declared_as_another_type_is_not_compared_as_that(
     alter(f"ALTER {change}", nodes=("s0-a", "s1-a"))
 
     refused(router, rows(statement, **({"yield_per": 2} if name == "stream" else {})), message)
+
+
+def test_a_collation_that_only_the_servers_know_is_not_merged_by(
+    servers: LocalTopology, router: Router, alter: Callable[..., None]
+) -> None:
+    """Its order is not Python's, and lower() of it has the same; COLLATE "C" says another."""
+    both = ("s0-a", "s1-a")
+    for name in both:
+        with psycopg.connect(**servers.node(name).conninfo, autocommit=True) as connection:
+            connection.execute(
+                "CREATE COLLATION IF NOT EXISTS own (provider = libc, locale = 'C.utf-8')"
+            )
+    alter("ALTER label TYPE text COLLATE own", nodes=both)
+
+    with Router.from_config(servers.config_path) as later, later.sessionmaker()() as session:
+        for key in (Piece.label, func.lower(Piece.label)):
+            with pytest.raises(CrossShardRefused, match="does not order by code point"):
+                session.execute(select(key).order_by(key))
+        with pytest.raises(CrossShardRefused, match=r"min\(\)"):
+            session.execute(select(func.min(Piece.label)))
+        found = session.scalars(select(Piece.label).order_by(Piece.label.collate("C"))).all()
+        assert found == sorted(map(str, range(ROWS)))
+        assert len(session.scalars(select(Piece.label).distinct()).all()) == ROWS

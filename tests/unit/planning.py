@@ -10,7 +10,7 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
-from sqlroute.health import Health, Observation, observe
+from sqlroute.health import Health, Observation, TextOrder, observe
 from sqlroute.routing.affinity import Affinity
 from sqlroute.routing.declare import Sharded, declaration
 from sqlroute.routing.plan import Plan
@@ -132,7 +132,7 @@ def planned(
         return plan_rows(described, keys, of, rng)
     found = plan(described, of, rng)
     if found.tier.value == "scatter":
-        return planner.merge(described, found, code_points=True)[1]
+        return planner.merge(described, found, text_order=TextOrder(True))[1]
     return found
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.exc import InvalidRequestError
 
 from sqlroute import sharded_by
 from sqlroute.errors import CrossShardRefused
+from sqlroute.health import TextOrder
 from sqlroute.routing.merge import merge
 from sqlroute.routing.rewrite import Rewritten, analyse, rewrite, rewritten
 
@@ -80,7 +81,7 @@ def sql(statement: Any) -> str:
 
 
 def rewrite_here(statement: Any, **parameters: Any) -> Rewritten:
-    return rewrite(statement, text_order_is_code_point=True, parameters=parameters)
+    return rewrite(statement, text_order=TextOrder(True), parameters=parameters)
 
 
 def test_a_plain_select_is_sent_as_it_is() -> None:
@@ -171,7 +172,7 @@ def test_a_shape_serves_other_values_of_the_statement() -> None:
     def statement(add: int, limit: int) -> Any:
         return sa.select(F.id).order_by(F.delay + add).limit(limit)
 
-    shape = analyse(statement(1, 10), text_order_is_code_point=True)
+    shape = analyse(statement(1, 10), text_order=TextOrder(True))
     found = rewritten(statement(2, 20), shape)
 
     assert found.spec.limit == 20
@@ -234,7 +235,7 @@ def test_known_functions_of_the_caller_are_accepted() -> None:
     statement = sa.select(func.fare_class(F.price))
 
     shape = analyse(
-        statement, text_order_is_code_point=True, scalar_functions=frozenset({"fare_class"})
+        statement, text_order=TextOrder(True), scalar_functions=frozenset({"fare_class"})
     )
 
     assert shape.describe() == ("shard after shard",)
@@ -260,7 +261,7 @@ def test_having_is_taken_off_what_the_shards_are_sent() -> None:
 
 def test_values_of_having_come_from_the_parameters_of_the_execution() -> None:
     statement = grouped().having(func.count() > sa.bindparam("n"), func.sum(F.price).in_([1, 2]))
-    shape = analyse(statement, text_order_is_code_point=True)
+    shape = analyse(statement, text_order=TextOrder(True))
 
     assert rewritten(statement, shape, {"n": 3}).spec.values == (3, [1, 2])
     with pytest.raises(CrossShardRefused, match="a str is compared with a number"):
@@ -396,17 +397,48 @@ TEXT_KEYS = [
 ]
 
 
+OWN = TextOrder(True, others=frozenset({"flights.origin", "planes.loud"}))
+USES_IT = [
+    F.origin,
+    func.lower(F.origin),
+    orm.aliased(F).origin,
+    sa.select(F.origin).subquery().c[0],
+]
+OTHERS = [F.loud, F.origin.collate("C"), func.lower(F.origin).collate("C")]
+
+
+@pytest.mark.parametrize("key", USES_IT, ids=str)
+def test_a_column_is_ordered_by_the_collation_that_the_server_has_for_it(key: Any) -> None:
+    """Though the program declares none."""
+    rewrite(sa.select(key).order_by(key), text_order=TextOrder(True))
+
+    with pytest.raises(CrossShardRefused, match=r'add \.collate\("C"\)'):
+        rewrite(sa.select(key).order_by(key), text_order=OWN)
+    with pytest.raises(CrossShardRefused, match=r'add \.collate\("C"\)'):
+        rewrite(sa.select(func.max(key)), text_order=OWN)
+    loose = TextOrder(True, others=OWN.others, loose=OWN.others)
+    for statement in (sa.select(key).distinct(), sa.select(key, func.count()).group_by(key)):
+        rewrite(statement, text_order=OWN)
+        with pytest.raises(CrossShardRefused, match="may take unlike texts for equal"):
+            rewrite(statement, text_order=loose)
+
+
+@pytest.mark.parametrize("key", OTHERS, ids=str)
+def test_other_columns_are_ordered_as_ever(key: Any) -> None:
+    rewrite(sa.select(key).order_by(key), text_order=OWN)
+
+
 @pytest.mark.parametrize(("key", "default_is_code_point", "accepted"), TEXT_KEYS)
 def test_text_is_ordered_only_by_code_point(
     key: Any, default_is_code_point: bool, accepted: bool
 ) -> None:
     statement = sa.select(key).order_by(key)
     if accepted:
-        rewrite(statement, text_order_is_code_point=default_is_code_point)
+        rewrite(statement, text_order=TextOrder(default_is_code_point))
         return
 
     with pytest.raises(CrossShardRefused, match=r'add \.collate\("C"\)'):
-        rewrite(statement, text_order_is_code_point=default_is_code_point)
+        rewrite(statement, text_order=TextOrder(default_is_code_point))
 
 
 def grouped(*columns: Any) -> Any:
@@ -519,7 +551,7 @@ REFUSED: list[tuple[Any, str]] = [
 )
 def test_what_has_no_exact_merge_is_refused_by_name(statement: Any, clause: str) -> None:
     with pytest.raises(CrossShardRefused) as caught:
-        analyse(statement, text_order_is_code_point=True)
+        analyse(statement, text_order=TextOrder(True))
 
     assert caught.value.clause == clause
     assert str(caught.value).startswith(f"{clause}: ")
@@ -530,12 +562,12 @@ def test_whether_something_was_before_now_is_a_fact_of_a_row() -> None:
     is_late = sa.case((sa.func.to_timestamp(F.delay) < func.now(), "late"), else_="in time")
     statement = sa.select(func.count()).select_from(F).group_by(is_late)
 
-    assert analyse(statement, text_order_is_code_point=True).grouping is not None
+    assert analyse(statement, text_order=TextOrder(True)).grouping is not None
 
 
 def test_a_refusal_names_the_expression_its_type_and_the_way_out() -> None:
     with pytest.raises(CrossShardRefused) as caught:
-        analyse(sa.select(F.id).order_by(F.dest), text_order_is_code_point=True)
+        analyse(sa.select(F.id).order_by(F.dest), text_order=TextOrder(True))
 
     assert str(caught.value) == (
         "ORDER BY: flights.dest (String(collation='de_DE')): its collation does not order by code "
