@@ -104,9 +104,12 @@ def scatter(works: Sequence[Work], timeout: float, spares: Spares = none_spared)
     """
     with DefaultSelector() as selector:
         hub = _Hub(selector, timeout, spares)
-        for name, function in works:
-            hub.start(name, function)
-        return hub.run()
+        try:
+            for name, function in works:
+                hub.start(name, function)
+            return hub.run()
+        finally:
+            hub.end()
 
 
 class _Hub:
@@ -146,6 +149,16 @@ class _Hub:
         if self._error is not None and not self._spares(self._error):
             raise self._error
         return [self._results.get(branch, self._error) for branch in self._branches]
+
+    def end(self) -> None:
+        """End what still waits: a signal may raise its exception anywhere, also within the hub."""
+        while self._waiting:
+            branch = self._waiting.pop()
+            with contextlib.suppress(Exception):  # no answer
+                branch.connection.cancel_safe(timeout=CANCEL_TIMEOUT)
+            cut(branch.connection)
+            with contextlib.suppress(BaseException):  # the one that ended all of it goes on
+                branch.throw(_Abandoned("the statement was interrupted"))
 
     def _resume(self, branch: Branch, *events: int) -> None:
         """Let a branch run until it waits for its server again, or to its end."""

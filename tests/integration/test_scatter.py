@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -19,6 +20,7 @@ from sqlalchemy import exc, func, orm, select
 
 from sqlroute import DeadlineExceeded, Router, RoutingSession
 from sqlroute.local.node import LocalNode
+from sqlroute.runtime.scatter import scatter
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
 
@@ -245,6 +247,31 @@ class TestErrors:
             assert session.scalar(select(func.count()).select_from(Customer)) == 10
         for node in filled.servers.nodes:
             until(lambda n=node: not _sleeping(filled, n))
+
+    def test_an_exception_within_the_hub_leaves_no_work_behind(
+        self, filled: Shop, router: Router
+    ) -> None:
+        """As that of a signal may be: the work that was waiting ends, without its connection."""
+        ended: list[str] = []
+
+        def run(shard: str, statement: str) -> None:
+            try:
+                with router.primary_engine(shard).connect() as connection:
+                    connection.exec_driver_sql(statement)
+            finally:
+                ended.append(shard)
+
+        def interrupt(_: BaseException) -> bool:
+            raise KeyboardInterrupt
+
+        works = [
+            ("s0", partial(run, "s0", "SELECT pg_sleep(20)")),
+            ("s1", partial(run, "s1", "SELECT 1 / 0")),
+        ]
+        with pytest.raises(KeyboardInterrupt):
+            scatter(works, 10.0, interrupt)
+        assert ended == ["s1", "s0"]
+        assert filled.checked_out == 0
 
     def test_an_interrupt_leaks_no_connection(self, filled: Shop, session: RoutingSession) -> None:
         """A signal's exception in the middle of a scatter (a task's time limit, Ctrl-C)."""
