@@ -15,7 +15,7 @@ import pytest
 from promoting import Promoting, Stage, kill_at, points
 
 from sqlroute.errors import OperationFailed
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.fences import Level
 from sqlroute.ops.promotion import Report
 from sqlroute.testing import TopologyFactory, free_ports
@@ -90,9 +90,9 @@ def test_a_switchover_killed_at_any_step_can_be_ended(
 def _end(stage: Stage, operation: str, way: str, *, is_promoted: bool) -> None:
     if way == "abort" and is_promoted:
         with pytest.raises(OperationFailed, match=f"op resume {operation}"):
-            stage.gives_way(lambda: commands.abort(stage.settings, operation))
+            stage.gives_way(lambda: resuming.abort(stage.settings, operation))
         way = "resume"
-    do = commands.resume if way == "resume" else commands.abort
+    do = resuming.resume if way == "resume" else resuming.abort
     report = stage.gives_way(lambda: do(stage.settings, operation))
     assert isinstance(report, Report)
     assert report.outcome == ("done" if way == "resume" else "aborted")
@@ -108,12 +108,12 @@ def test_the_way_back_killed_at_any_step_can_be_ended(stage: Stage, step: str, s
         kill_at(stage, Promoting("promote"), "catch_up", "done")
         (operation,) = stage.unended()
         kill_at(stage, Promoting("abort", (operation,)), step, state)
-        way = commands.resume if step == "unfence" else commands.abort
+        way = resuming.resume if step == "unfence" else resuming.abort
         if (step, state) != ("close", "done"):
             stage.gives_way(lambda: way(stage.settings, operation))
 
     assert written.is_whole, written
-    assert (stage.primary == former) is (way is commands.abort)
+    assert (stage.primary == former) is (way is resuming.abort)
     assert stage.taking_writes() == [stage.primary]
     assert stage.unended() == []
     stage.await_whole()
@@ -134,7 +134,7 @@ def test_a_failover_killed_at_any_step_can_be_ended(stage: Stage, step: str, sta
         stage.gives_way(lambda: stage.failover(accepts_loss=True))
     elif (step, state) != ("close", "done"):
         (operation,) = unended
-        stage.gives_way(lambda: commands.resume(stage.settings, operation))
+        stage.gives_way(lambda: resuming.resume(stage.settings, operation))
 
     assert stage.unended() == []
     assert stage.taking_writes() == [stage.primary]
@@ -159,7 +159,7 @@ def test_an_addition_killed_at_any_step_can_be_ended(stage: Stage, step: str, wa
 
     kill_at(stage, Promoting("add", (name, node)), step, "begun")
     (operation,) = stage.unended()
-    do = commands.resume if way == "resume" else commands.abort
+    do = resuming.resume if way == "resume" else resuming.abort
     stage.gives_way(lambda: do(stage.settings, operation))
 
     assert stage.unended() == []

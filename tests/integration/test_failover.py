@@ -11,7 +11,7 @@ from holding import writing
 from promoting import SHARD, Promoting, Stage, kill_at
 
 from sqlroute.errors import OperationFailed, OperationRefused
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.fences import Level
 from sqlroute.ops.planning import Wishes
 from sqlroute.ops.promotion import Report
@@ -241,7 +241,7 @@ def test_an_interrupted_failover_can_be_undone(stage: Stage) -> None:
 
     with pytest.raises(OperationRefused, match=f"op abort failover-{SHARD}"):
         stage.gives_way(stage.failover)
-    found = stage.gives_way(lambda: commands.abort(stage.settings, f"failover-{SHARD}"))
+    found = stage.gives_way(lambda: resuming.abort(stage.settings, f"failover-{SHARD}"))
 
     assert sorted(found["repointed"]) == sorted(set(stage.nodes) - {former})
     assert stage.unended() == []
@@ -255,8 +255,8 @@ def test_a_failover_that_has_promoted_cannot_be_undone(stage: Stage) -> None:
     kill_at(stage, Promoting("failover", wishes=(("accepts_loss", True),)), "promote", "done")
 
     with pytest.raises(OperationFailed, match=f"op resume failover-{SHARD}"):
-        stage.gives_way(lambda: commands.abort(stage.settings, f"failover-{SHARD}"))
-    report = commands.resume(stage.settings, f"failover-{SHARD}")
+        stage.gives_way(lambda: resuming.abort(stage.settings, f"failover-{SHARD}"))
+    report = resuming.resume(stage.settings, f"failover-{SHARD}")
 
     assert isinstance(report, Report)
     assert report.outcome == "done"
@@ -293,6 +293,6 @@ def test_a_failover_supersedes_an_abandoned_switchover(stage: Stage) -> None:
 
     assert written.is_whole, written
     assert stage.unended() == []
-    assert commands.show_operation(stage.settings, operation)["state"] == "failed"
+    assert resuming.show_operation(stage.settings, operation)["state"] == "failed"
     assert stage.rejoin(former)["node"] == former
     stage.await_whole(report.change.epoch)

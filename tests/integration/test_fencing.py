@@ -20,7 +20,7 @@ import pytest
 from promoting import SHARD, Promoting, Stage, kill_at
 
 from sqlroute.errors import OperationFailed, OperationRefused
-from sqlroute.ops import commands
+from sqlroute.ops import commands, resuming
 from sqlroute.ops.fences import Level, fence_name
 from sqlroute.ops.planning import Wishes
 from sqlroute.ops.promotion import Progress
@@ -303,7 +303,7 @@ def test_a_fence_whose_command_was_killed_before_it_held_is_put_up_again(stage: 
         "SELECT pg_reload_conf()",
     )  # as far as the fence had come
 
-    report = stage.gives_way(lambda: commands.resume(stage.settings, operation))
+    report = stage.gives_way(lambda: resuming.resume(stage.settings, operation))
 
     acknowledged = adversary.stop()
     rows = "SELECT coalesce(array_agg(id), '{}') FROM public.note"
@@ -321,7 +321,7 @@ def test_a_hold_that_ended_under_a_fence_stops_nobody(stage: Stage, way: str) ->
     with stage.server(former) as server:
         server.transaction(("UPDATE sqlroute.shard SET held_until = clock_timestamp()", ()))
 
-    do = commands.resume if way == "resume" else commands.abort
+    do = resuming.resume if way == "resume" else resuming.abort
     report = stage.gives_way(lambda: do(stage.settings, operation))
 
     names = [step["step"] for step in report.steps]
@@ -360,7 +360,7 @@ def test_a_role_with_grants_alone_can_take_a_killed_switchover_back(stage: Stage
         )
         (operation,) = stage.unended()
 
-        stage.gives_way(lambda: commands.abort(settings, operation))
+        stage.gives_way(lambda: resuming.abort(settings, operation))
 
         assert stage.taking_writes() == [former]
         assert stage.unended() == []
@@ -429,7 +429,7 @@ def test_an_operator_whose_session_is_ended_goes_on_or_takes_everything_back(
         except OperationFailed as error:
             outcome = "taken back" if "everything was taken back" in str(error) else "resumable"
         for operation in stage.unended():
-            stage.gives_way(lambda operation=operation: commands.resume(stage.settings, operation))
+            stage.gives_way(lambda operation=operation: resuming.resume(stage.settings, operation))
 
     assert written.is_whole, written
     assert stage.taking_writes() == [stage.primary]
@@ -455,7 +455,7 @@ def test_an_operator_who_has_lost_the_lock_to_another_does_nothing_more(stage: S
 
     assert stage.taking_writes() == [former]
     (operation,) = stage.unended()
-    stage.gives_way(lambda: commands.abort(stage.settings, operation))
+    stage.gives_way(lambda: resuming.abort(stage.settings, operation))
     stage.await_whole()
 
 
